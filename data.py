@@ -158,8 +158,8 @@ def touch(image, rng):
 # -------------------------------------------------------------- synthesis: shapes and places
 
 def random_box(size, rng):
-    """A (width, height) for a region that covers 1.5-50 % of a picture of this size, log-uniform."""
-    area = np.exp(rng.uniform(np.log(0.015), np.log(0.5))) * size[0] * size[1] / 0.6
+    """A (width, height) for a region that covers 4-70 % of a picture of this size, log-uniform."""
+    area = np.exp(rng.uniform(np.log(0.04), np.log(0.7))) * size[0] * size[1] / 0.6
     aspect = np.exp(rng.uniform(-0.7, 0.7))                    # shapes fill about 0.6 of their box
     width, height = (area * aspect) ** 0.5, (area / aspect) ** 0.5
     return [int(min(max(side, 5), 0.95 * limit)) for side, limit in zip((width, height), size)]
@@ -191,11 +191,11 @@ def segment(image, rng):
     height, width = colour.shape[:2]
     y, x = (rng.uniform(0.35, 0.65, 2) * (height, width)).astype(int)
     distance = ((colour - colour[y, x]) ** 2).sum(2) / (colour.var((0, 1)).sum() + 30)
-    distance += 4 * (((np.arange(height) - y) / height) ** 2)[:, None]
-    distance += 4 * ((np.arange(width) - x) / width) ** 2
+    distance += 5 * (((np.arange(height) - y) / height) ** 2)[:, None]
+    distance += 5 * ((np.arange(width) - x) / width) ** 2
     inside = distance < np.quantile(distance[::2, ::2], rng.uniform(0.35, 0.7))
     inside[[0, -1]] = inside[:, [0, -1]] = False
-    shape = Image.fromarray(inside).convert("L").filter(ImageFilter.MedianFilter(5))
+    shape = Image.fromarray(inside).convert("L").filter(ImageFilter.GaussianBlur(2))   # drops specks
     return shape.resize(image.size, Image.Resampling.BICUBIC).point(HARD)
 
 
@@ -212,11 +212,15 @@ def random_shape(image, rng):
 def cut(image, box, rng, zoom=1.0):
     """A random window of the image, zoomed and resampled to `box` (width, height)."""
     zoom = max(zoom, box[0] / image.width, box[1] / image.height)       # the window must fit
-    width, height = box[0] / zoom, box[1] / zoom
-    x, y = rng.random() * (image.width - width), rng.random() * (image.height - height)
-    if zoom == 1:
-        return image.crop((int(x), int(y), int(x) + box[0], int(y) + box[1]))
-    return image.resize(box, Image.Resampling.BICUBIC, (x, y, x + width, y + height))
+    width, height = (max(1, int(side / zoom)) for side in box)
+    x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
+    window = image.crop((x, y, x + width, y + height))
+    return window if window.size == tuple(box) else window.resize(box, Image.Resampling.BICUBIC)
+
+
+def fits(region):
+    """Does the region cover 1-50 % of its frame?"""
+    return 0.01 <= region.histogram()[255] / (region.width * region.height) <= 0.5
 
 
 def place(stamp, size, rng):
@@ -227,7 +231,7 @@ def place(stamp, size, rng):
         frame.paste(stamp, (int(rng.integers(1 - stamp.width, size[0])),
                             int(rng.integers(1 - stamp.height, size[1]))))
         region = frame.getchannel("A").point(HARD) if stamp.mode == "RGBA" else frame
-        if 0.01 <= region.histogram()[255] / (size[0] * size[1]) <= 0.5:
+        if fits(region):
             break
     return frame.convert("RGB"), region
 
@@ -336,8 +340,8 @@ def synthesize(photo, donor, rng, kind=None):
     for _ in range(6):
         layer, region, words = KINDS[kind][0](photo, donor, rng)
         result, soft = blend(photo, layer, region, rng)
-        if ImageStat.Stat(ImageChops.difference(result, photo).convert("L"), region).sum[0] > \
-                3 * region.histogram()[255]:                    # else nobody could see a change
+        change = ImageStat.Stat(ImageChops.difference(result, photo).convert("L"), region)
+        if fits(region) and change.mean[0] > 3:                 # less, and nobody could see it
             break
     else:
         kind, words = "local edit", ["polygon", "inverted"]     # a flat picture: make the change plain
@@ -514,10 +518,10 @@ class SynthesisSet(_Seeded):
         image = random_window(self.photos[background], work, None, rng)
         if rng.random() < 0.4:                                   # an older JPEG history, of both
             image = jpeg(image, int(rng.integers(60, 99)), *rng.integers(0, 8, 2))
-        image, mask, caption = np.asarray(image), np.zeros((self.size, self.size), np.uint8), "genuine"
+        image, mask, caption = np.asarray(image), np.zeros((self.size, self.size), np.uint8), ""
         if label:
             donor = np.asarray(random_window(self.photos[donor], work, None, rng))
             image, mask, caption = synthesize(image, donor, rng)
             mask = np.asarray(Image.fromarray(mask).resize((self.size, self.size), Image.Resampling.NEAREST))
         image, words = degrade(image, rng, settings)
-        return image, mask, caption + (", " + words if words else "")
+        return image, mask, caption or words or "untouched"
