@@ -27,7 +27,7 @@ def sobel(x):
     kernel = x.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
     pair = torch.stack([kernel, kernel.T])[:, None].repeat(K, 1, 1, 1)               # (2K, 1, 3, 3)
     g = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), pair, groups=K)           # (B, 2K, H, W)
-    return (g[:, 0::2].square() + g[:, 1::2].square() + 1e-12).sqrt()                # (B, K, H, W)
+    return (g[:, 0::2].square() + g[:, 1::2].square() + 1e-16).sqrt()                # (B, K, H, W)
 
 
 def soft_edges(image):
@@ -201,27 +201,29 @@ class ECPL(nn.Module):
 
 # ----------------------------------------------------------------------------------- map -> region
 
+def spread(x, height, width):
+    """The largest value in a window around each cell: x (B, 1, h, w) -> (B, 1, h, w)."""
+    return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
+
+
 def regions(probability, reach=1):
-    """Close gaps in a responding boundary and fill what it encloses. (B, h, w) -> (B, h, w) in [0, 1].
+    """Close gaps in a responding boundary and fill what it encloses: (B, h, w) in [0, 1] -> the same.
 
     The paper derives the mask by processing the similarity map; the form is ours: a grey closing with
-    a square of 2 * reach + 1 patches, then a grey fill: each cell rises to the lowest value that a way
-    from it to the border must cross. Never lowers a value.
+    a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the lowest value
+    that a way from it to the border must cross. No value is lowered, and a flat map stays as it is.
     """
     x, size = probability[:, None], 2 * reach + 1                                    # (B, 1, h, w)
-    edge = (reach,) * 4
-    closed = F.max_pool2d(x, size, stride=1, padding=reach)                          # (B, 1, h, w)
-    closed = -F.max_pool2d(F.pad(-closed, edge, mode="replicate"), size, stride=1)   # (B, 1, h, w)
-    closed = torch.maximum(closed, x)
-    filled = F.pad(torch.ones_like(closed)[..., 1:-1, 1:-1], (1,) * 4) if min(x.shape[2:]) > 2 else closed
-    filled = torch.maximum(filled, closed)                    # ones inside, the map itself on the border
-    while True:                                               # water runs out over the lowest pass
-        lower = -F.max_pool2d(F.pad(-filled, (1,) * 4, mode="replicate"), (3, 1), stride=1)[..., 1:-1]
-        lower = torch.minimum(lower, -F.max_pool2d(F.pad(-filled, (1,) * 4, mode="replicate"), (1, 3), stride=1)[..., 1:-1, :])
-        lower = torch.maximum(lower, closed)
-        if torch.equal(lower, filled):
-            return filled[:, 0]                                                      # (B, h, w)
-        filled = lower
+    closed = torch.maximum(-spread(-spread(x, size, size), size, size), x)
+    level = torch.full_like(x, float("inf"))          # water, let out over the border of the map
+    level[..., 0, :], level[..., -1, :] = closed[..., 0, :], closed[..., -1, :]
+    level[..., :, 0], level[..., :, -1] = closed[..., :, 0], closed[..., :, -1]
+    while True:
+        lower = torch.minimum(-spread(-level, 3, 1), -spread(-level, 1, 3))          # from 4 neighbours
+        lower = torch.minimum(level, torch.maximum(lower, closed))
+        if torch.equal(lower, level):
+            return level[:, 0]                                                       # (B, h, w)
+        level = lower
 
 
 def demo():
