@@ -6,7 +6,6 @@ Used in training only. Shapes: B images, N patches, Dv image width, K patches ta
 d contrast width; class 0 genuine, 1 manipulated.
 """
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -28,15 +27,6 @@ def select(edges, probability, labels, *, share, top):
     own = probability.masked_fill(weak, -1).topk(K, dim=1).indices                    # (B, K)
     clean = (-probability).masked_fill(weak, -2).topk(K, dim=1).indices               # (B, K)
     return own, clean
-
-
-def gather(x):
-    """The batches of all processes joined: (B, ...) -> (processes * B, ...), without gradients."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)                                                           # (processes * B, ...)
 
 
 class DualQueue(nn.Module):
@@ -132,8 +122,8 @@ class HECL(nn.Module):
     @staticmethod
     @torch.no_grad()
     def enqueue(queue, z, labels):
-        """The `own` patches z (B, K, d) of all processes, as many genuine as manipulated pictures."""
-        z, labels = gather(z), gather(labels)
+        """The `own` patches z (B, K, d), as many genuine as manipulated pictures. With several processes
+        train.py joins their batches before the loss, so that all hold the same queues."""
         n = int(min((labels == 0).sum(), (labels == 1).sum()))
         queue.push(*(z[labels == c][:n].flatten(0, 1) for c in (0, 1)))               # 2 x (n * K, d)
 
