@@ -1,10 +1,17 @@
 """Pictures and labels: reading data sets, making manipulated pictures, feeding the training.
 
-Reading order: one picture -> a data set on disk -> synthesis -> the two training sets -> command line.
+Reading order: one picture -> a data set on disk -> synthesis -> training sets -> command line.
 Label 1 and mask 1 = manipulated. The training sets hold paths and labels only: no way to a mask.
 """
+import argparse
+import csv
 import io
+import json
+import re
+import sys
 import warnings
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,42 +20,44 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps, ImageStat
 from torch.utils.data import Dataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 
 
-# ----------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------- one picture
 
 class BadPicture(ValueError):
     """A file that cannot be used as a picture; the message is "path: reason"."""
 
 
-def open_image(path):
-    """Any picture file -> PIL RGB image: first frame, EXIF orientation applied, alpha on white.
-
-    16-bit, CMYK, palette and grey are converted. Raises BadPicture; pictures above Pillow's size limit
-    (89 million pixels) are refused from the header, before they are decoded.
-    """
+@contextmanager
+def opened(path):
+    """An image file, header read, pixels not yet; refused above Pillow's limit (89 million)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombWarning,
-            Image.DecompressionBombError) as error:
-        raise BadPicture(f"{path}: {str(error).splitlines()[0] or type(error).__name__}") from error
+                yield image
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
+        raise BadPicture(f"{path}: {error}".splitlines()[0]) from error
 
 
 def to_rgb(image):
-    """PIL image of any mode -> RGB. 16-bit values are divided by 257, transparency lies on white."""
-    if image.mode[0] in "IF":                       # I, I;16, I;16B, F: one channel, deeper than 8 bits
+    """PIL image of any mode -> RGB: deeper than 8 bits scaled down, transparency on white."""
+    if image.mode[0] in "IF":                               # one channel: I;16, I, F
         values = np.asarray(image, dtype=np.float32)
-        scale = 1 / 257 if values.max() > 255 else 255 if values.max() <= 1 < len(image.mode) else 1
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+        values = values / 257 if values.max() > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def open_image(path):
+    """Picture file -> PIL RGB: first frame, EXIF orientation applied; raises BadPicture."""
+    with opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_tensor(image):
@@ -60,31 +69,31 @@ def to_tensor(image):
 def jpeg(image, quality, dx=0, dy=0, subsampling=0):
     """Encode and decode a PIL RGB image, its 8x8 grid shifted by (dx, dy) pixels."""
     if dx or dy:
-        image = Image.fromarray(np.pad(np.asarray(image), ((dy, 0), (dx, 0), (0, 0)), mode="edge"))
+        padding = ((dy, 0), (dx, 0), (0, 0))
+        image = Image.fromarray(np.pad(np.asarray(image), padding, mode="edge"))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return Image.open(buffer).convert("RGB").crop((dx, dy, image.width, image.height))
 
 
 def add_noise(image, sigma, rng):
-    """Gaussian noise of standard deviation sigma (levels of 0-255) on every channel of an RGB image."""
+    """Gaussian noise of standard deviation sigma (levels of 0-255) on an RGB image."""
     noise = rng.standard_normal((image.height, image.width, 3), dtype=np.float32) * sigma
     return Image.fromarray((np.asarray(image) + noise + 0.5).clip(0, 255).astype(np.uint8))
 
 
 def attack(image, spec):
-    """A robustness test on a PIL RGB image: "jpeg:QUALITY", "blur:KERNEL" or "noise:VARIANCE".
+    """A PIL RGB image after "jpeg:QUALITY", "blur:KERNEL" or "noise:VARIANCE" (0-255 scale).
 
-    As IMDL-BenCo: the Gaussian kernel of k pixels has sigma 0.3 ((k - 1) / 2 - 1) + 0.8, the variance is on
-    the 0-255 scale; the noise is the same in every run. Raises ValueError for anything else.
+    The kernel's sigma is OpenCV's; the noise is the same in every run. Source: IMDL-BenCo.
     """
-    name, _, value = spec.partition(":")
-    if name not in ("jpeg", "blur", "noise") or not value.isdigit() or not int(value):
-        raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or noise:VARIANCE, "
-                         "for example jpeg:70, blur:7 or noise:11")
-    value = int(value)
+    found = re.fullmatch("(jpeg|blur|noise):([1-9][0-9]?|100)", spec)
+    if not found:
+        raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or "
+                         "noise:VARIANCE with a number from 1 to 100, for example jpeg:70")
+    name, value = found[1], int(found[2])
     if name == "jpeg":
-        return jpeg(image, min(value, 100), subsampling=2)
+        return jpeg(image, value, subsampling=2)
     if name == "blur":
         return image.filter(ImageFilter.GaussianBlur(0.3 * ((value - 1) / 2 - 1) + 0.8))
     return add_noise(image, value ** 0.5, np.random.default_rng(0))
@@ -97,56 +106,193 @@ class Picture(NamedTuple):
     path: Path
     label: int | None
     mask: Path | None = None
+    source: str = ""              # pictures of one scene share it: never split up by `split`
+    layout: str = "list"
     inverted: bool = False        # the mask is black where manipulated
-    green: bool = False           # the mask is green where manipulated (Columbia)
-    source: str = ""              # pictures of one scene share it: never split between train and val
+
+
+class Report(NamedTuple):
+    """What `read_set` met: layout, number of files outside it, problems as "kind: details"."""
+    layout: str
+    ignored: int
+    problems: list
+
+
+# Patterns of a path below the root, lower case, without extension. A mask and its picture match
+# the same groups. The first row that fits half of the files is taken.
+LAYOUTS = {   # name: (genuine, manipulated, mask, scene)
+    "CASIA": (r"(.*/)?au_[^/]*", r"(?:.*/)?([st]p_[^/]*)", r"(?:.*/)?([st]p_[^/]*)_gt",
+              r"([a-z]{3})_?(\d{4,5})[^a-z]*$"),         # of two sources the last, the background
+    "Columbia": (r"(.*/)?4cam_auth/[^/]*", r"(?:.*/)?4cam_splc/([^/]*)",
+                 r"(?:.*/)?4cam_splc/edgemask/([^/]*)_edgemask", r"([^/]*)$"),
+    "COVERAGE": (r"(.*/)?image/\d+", r"(?:.*/)?image/(\d+)t", r"(?:.*/)?mask/(\d+)forged",
+                 r"(\d+)t?$"),
+    "DSO-1": (r"(.*/)?normal-\d+", r"(?:.*/)?(splicing-\d+)", r".*mask[^/]*/(splicing-\d+)",
+              r"([^/]*)$"),
+    "folders": (r"(.*/)?(au|authentic|genuine)/.*", r"(.*/)?(?:tp|sp|manipulated|tampered)/(.*)",
+                r"(.*/)?(?:masks?|gt|groundtruth)/(.*?)(?:_gt|_mask)?", r"([^/]*?)(?:_[of])?$"),
+    "IMD2020": (r".*/[^/]*_orig", r"(.*/[^/]*)", r"(.*/[^/]*)_mask", r"([^/]*)/[^/]*$"),
+}
+
+
+def read_folder(root):
+    """A folder in one of LAYOUTS -> (pictures, report); in none of them: pictures, no labels."""
+    files = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in EXTENSIONS
+             and not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    names = {file: file.relative_to(root).with_suffix("").as_posix().lower() for file in files}
+    for layout, patterns in LAYOUTS.items():
+        roles = {}                # file: (2 mask, 0 genuine or 1 manipulated; groups of its pattern)
+        for file in files:
+            matches = ((role, re.fullmatch(patterns[role], names[file])) for role in (2, 0, 1))
+            roles |= {file: (role, match.groups()) for role, match in [*matches][::-1] if match}
+        count = Counter(role for role, _ in roles.values())
+        if 2 * len(roles) >= len(files) > 0 and (layout != "IMD2020" or count[0] + count[2]):
+            break
+    else:
+        return [Picture(file, None) for file in files], Report("no labels", 0, [])
+    pictures, problems, first = [], [], {}
+    for file, role in roles.items():
+        if first.setdefault(role, file) != file and role[0]:
+            kind = "duplicate, not used" if role[0] == 2 else "duplicate, both used"
+            problems.append(f"{kind}: {file} beside {first[role]}")
+    for file, (role, key) in roles.items():
+        mask = first.get((2, key)) if role == 1 else None
+        if role == 2 and (1, key) not in first:
+            problems.append(f"mask without picture: {file}")
+        if role == 1 and count[2] and not mask:
+            problems.append(f"no mask: {file}")
+        if role < 2:
+            scene = re.search(patterns[3], names[file])
+            source = "".join(scene.groups()) if scene else names[file]
+            pictures.append(Picture(file, role, mask, source, layout))
+    return pictures, Report(layout, len(files) - len(roles), problems)
+
+
+def read_list(file):
+    """A list -> (pictures, report). JSON of IMDL-BenCo [[image, mask or "Negative"], ..] or WSCL
+    {id: {path, label, mask}, ..}, CSV with header, or MVSS-Net text "image mask label"."""
+    text = file.read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        if file.suffix.lower() == ".json":
+            rows = json.loads(text)
+            rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()] if isinstance(
+                rows, dict) else [(image, mask, mask != "Negative") for image, mask in rows]
+        elif file.suffix.lower() == ".csv":
+            rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(lines)]
+        else:
+            rows = [line.split("\t") if "\t" in line else line.rsplit(maxsplit=2) for line in lines]
+        rows = [(file.parent / image, mask, [0, 1].index(int(label))) for image, mask, label in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"found {file}, which cannot be read ({error!r}), expected CSV with the "
+                         "header image,label,mask, text lines 'image mask label', or JSON") from None
+    pictures, problems = {}, []
+    for path, mask, label in rows:
+        if path in pictures:
+            problems.append(f"duplicate, used once: {path}")
+        mask = file.parent / mask if label and mask not in (None, "", "None", "Negative") else None
+        scene = re.search(LAYOUTS["folders"][3], path.stem.lower())[1]
+        pictures.setdefault(path, Picture(path, label, mask, scene))
+    return list(pictures.values()), Report("list", 0, problems)
+
+
+def picture_size(path):
+    """(H, W) as `open_image` returns it, and the EXIF orientation, from the header alone."""
+    with opened(path) as image:
+        turn = image.getexif().get(0x0112, 1)
+        return (image.size if turn >= 5 else image.size[::-1]), turn
 
 
 def read_set(path, need_both=False):
-    """Folder -> (list of Picture, report)."""
+    """A folder or list -> (pictures, report); every header is checked, bad files are left out.
+
+    Raises ValueError: path missing, no pictures, or (need_both) one class missing.
+    """
     root = Path(path)
+    if not root.exists():
+        raise ValueError(f"found no {root}, expected a folder or list of pictures: check the path")
+    entries, report = read_folder(root) if root.is_dir() else read_list(root)
     pictures = []
-    for folder, label in (("au", 0), ("tp", 1)):
-        for file in sorted((root / folder).glob("*")):
-            if file.suffix.lower() in EXTENSIONS:
-                mask = root / "mask" / (file.stem + ".png")
-                pictures.append(Picture(file, label, mask if label and mask.exists() else None,
-                                        source=file.stem))
-    return pictures, None
+    for picture in entries:
+        try:
+            size, _ = picture_size(picture.path)
+            mask_size = picture_size(picture.mask)[0] if picture.mask else size
+            if mask_size != size:
+                change = "turned" if mask_size == size[::-1] else "resized"
+                report.problems.append(f"mask of another size, will be {change}: {picture.mask}")
+            pictures.append(picture)
+        except BadPicture as error:
+            report.problems.append(f"bad file: {error}")
+    count = Counter(picture.label for picture in pictures)
+    if not pictures or need_both and not (count[0] and count[1]):
+        raise ValueError(f"found {count[0]} genuine and {count[1]} manipulated pictures in {root}, "
+                         f"expected {'both' if need_both else 'some'}: folders au/, tp/ or a list")
+    masked = [picture for picture in pictures if picture.mask]
+    looks = [read_mask(picture).mean() for picture in masked[::len(masked) // 16 + 1]]
+    if looks and np.mean(looks) > 0.5:         # NIST16 and DSO-1 are published black = manipulated
+        if re.search("nist|nc2016|dso-?1|splicing-", str(masked[0].mask).lower()):
+            return [picture._replace(inverted=True) for picture in pictures], report
+        report.problems.append(f"masks inverted? {np.mean(looks):.0%} of the mask pixels are white")
+    return pictures, report
+
+
+def read_mask(picture, size=None):
+    """Picture -> mask (H, W) uint8 {0, 1}; size (H, W), by default the picture's own.
+
+    A mask on its side is turned as the picture's EXIF says (ours: else anticlockwise), any other
+    size resampled to the nearest. Genuine pictures: zeros. Raises ValueError without a mask.
+    """
+    own_size, turn = picture_size(picture.path)
+    if picture.label == 0:
+        return np.zeros(size or own_size, np.uint8)
+    if not picture.mask:
+        raise ValueError(f"found no mask for {picture.path}, expected one to compare with")
+    with opened(picture.mask) as image:
+        if picture.layout == "Columbia":       # green, bright or dark = inserted, red = the rest
+            red, green, _ = (np.asarray(band) for band in image.convert("RGB").split())
+            mask = green > red
+        else:
+            deep = image.mode[0] in "IF"
+            grey, alpha = (to_rgb(image) if deep else image).convert("LA").split()
+            flat = len(set(grey.getextrema())) == 1 and alpha.getextrema()[0] < 255
+            values = np.asarray(alpha if flat else ImageChops.multiply(grey, alpha))
+            top = values.max()                 # 0 and 1, or dark colours of a palette, also count
+            mask = values > (127 if top > 127 or image.format == "JPEG" else top / 2)
+    mask = Image.fromarray(mask != picture.inverted)
+    if mask.size == own_size != own_size[::-1]:
+        turns = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+                 7: Image.Transpose.TRANSVERSE}
+        mask = mask.transpose(turns.get(turn, Image.Transpose.ROTATE_90))
+    mask = mask.resize((size or own_size)[::-1], Image.Resampling.NEAREST)
+    return np.asarray(mask, dtype=np.uint8)
 
 
 def split(pictures, fraction, seed):
     """Pictures -> (train, val): about `fraction` of the scenes go to val, no scene to both."""
-    sources = sorted({picture.source for picture in pictures})
-    order = np.random.default_rng(seed).permutation(len(sources))
-    held_out = {sources[i] for i in order[:round(fraction * len(sources))]}
-    return ([p for p in pictures if p.source not in held_out],
-            [p for p in pictures if p.source in held_out])
+    scenes = sorted({picture.source for picture in pictures})
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    held_out = {scenes[i] for i in order[:round(fraction * len(scenes))]}
+    return ([picture for picture in pictures if picture.source not in held_out],
+            [picture for picture in pictures if picture.source in held_out])
 
 
-# -------------------------------------------------------------- synthesis: changes to a picture
+# ----------------------------------------------------------------------------------- synthesis
 
-def curve(image, gain=(1, 1, 1), contrast=1.0):
-    """Per-channel gain and contrast about mid-grey, as one table look-up."""
-    levels = np.arange(256) * np.array(gain)[:, None]                             # (3, 256)
-    levels = (levels - 128) * contrast + 128
-    return image.point(levels.clip(0, 255).round().astype(int).ravel().tolist())
-
-
-TOUCHES = {   # word of the caption: (image, rng, u) -> image, u uniform in [0, 1] = how strong
-    "brighter": lambda image, rng, u: curve(image, (1.12 + 0.35 * u,) * 3),
-    "darker": lambda image, rng, u: curve(image, (0.88 - 0.3 * u,) * 3),
-    "more contrast": lambda image, rng, u: curve(image, contrast=1.2 + 0.5 * u),
-    "less contrast": lambda image, rng, u: curve(image, contrast=0.8 - 0.3 * u),
-    "warmer": lambda image, rng, u: curve(image, (1.08 + 0.15 * u, 1, 0.92 - 0.2 * u)),
-    "colder": lambda image, rng, u: curve(image, (0.92 - 0.2 * u, 1, 1.08 + 0.15 * u)),
-    "paler": lambda image, rng, u: ImageEnhance.Color(image).enhance(0.6 * (1 - u)),
-    "blurred": lambda image, rng, u: image.filter(ImageFilter.GaussianBlur(0.6 + 1.4 * u)),
-    "sharpened": lambda image, rng, u: image.filter(ImageFilter.UnsharpMask(1.5, int(80 + 170 * u), 0)),
-    "noisy": lambda image, rng, u: add_noise(image, 4 + 10 * u, rng),
-    "smoothed": lambda image, rng, u: image.filter(ImageFilter.MedianFilter(3 if u < 0.5 else 5)),
-    "recompressed": lambda image, rng, u: jpeg(image, int(75 - 45 * u), *rng.integers(0, 8, 2)),
+TOUCHES = {   # word of the caption: (image, rng, u) -> image, u in [0, 1]
+    "brighter": lambda im, rng, u: ImageEnhance.Brightness(im).enhance(1.12 + 0.35 * u),
+    "darker": lambda im, rng, u: ImageEnhance.Brightness(im).enhance(0.88 - 0.3 * u),
+    "contrast": lambda im, rng, u: ImageEnhance.Contrast(im).enhance(0.55 + 1.1 * u),
+    "paler": lambda im, rng, u: ImageEnhance.Color(im).enhance(0.6 * u),
+    "tinted": lambda im, rng, u: Image.blend(
+        im, Image.new("RGB", im.size, tuple(rng.integers(0, 256, 3).tolist())), 0.08 + 0.12 * u),
+    "blurred": lambda im, rng, u: im.filter(ImageFilter.GaussianBlur(0.6 + 1.4 * u)),
+    "sharpened": lambda im, rng, u: im.filter(ImageFilter.UnsharpMask(1.5, int(80 + 170 * u), 0)),
+    "noisy": lambda im, rng, u: add_noise(im, 4 + 10 * u, rng),
+    "recompressed": lambda im, rng, u: jpeg(im, int(75 - 45 * u), *rng.integers(0, 8, 2)),
 }
+KINDS = {"splice": 0.5, "copy-move": 0.25, "removal": 0.13, "local edit": 0.12}     # ours: shares
+HARD = [0] * 128 + [255] * 128                              # alpha of a half and more: the region
+INNER = [max(0, 2 * value - 255) for value in range(256)]   # a border soft inside the region only
 
 
 def touch(image, rng):
@@ -155,373 +301,363 @@ def touch(image, rng):
     return TOUCHES[word](image, rng, rng.random()), word
 
 
-# -------------------------------------------------------------- synthesis: shapes and places
-
-def random_box(size, rng):
-    """A (width, height) for a region that covers 4-70 % of a picture of this size, log-uniform."""
-    area = np.exp(rng.uniform(np.log(0.04), np.log(0.7))) * size[0] * size[1] / 0.6
-    aspect = np.exp(rng.uniform(-0.7, 0.7))                    # shapes fill about 0.6 of their box
-    width, height = (area * aspect) ** 0.5, (area / aspect) ** 0.5
-    return [int(min(max(side, 5), 0.95 * limit)) for side, limit in zip((width, height), size)]
-
-
-def outline(box, rng, smooth):
-    """A closed outline that fills the box: an irregular smooth blob, or a polygon of 3-8 corners -> L."""
-    if smooth:
-        angle = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-        wave = np.arange(1, 6)[:, None]
-        radius = 1 + (rng.normal(0, 0.28, (5, 1)) / wave ** 0.5
-                      * np.cos(wave * angle + rng.uniform(0, 2 * np.pi, (5, 1)))).sum(0)
-        radius = radius.clip(0.25)
-    else:
-        angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9)))
-        radius = rng.uniform(0.5, 1, len(angle))
-    points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)        # (corners, 2)
-    low, high = points.min(0), points.max(0)
-    points = (points - low) / (high - low + 1e-6) * (np.array(box) - 3) + 1
-    shape = Image.new("L", tuple(box))
-    ImageDraw.Draw(shape).polygon(points.ravel().tolist(), fill=255)
-    return shape
-
-
-def segment(image, rng):
-    """A shape along the picture's own edges: pixels near a seed in colour and place -> L. ours: cheap."""
-    small = image.resize([max(8, min(side, 72)) for side in image.size]).filter(ImageFilter.BoxBlur(1))
-    colour = np.asarray(small, dtype=np.float32)
-    height, width = colour.shape[:2]
-    y, x = (rng.uniform(0.35, 0.65, 2) * (height, width)).astype(int)
-    distance = ((colour - colour[y, x]) ** 2).sum(2) / (colour.var((0, 1)).sum() + 30)
-    distance += 5 * (((np.arange(height) - y) / height) ** 2)[:, None]
-    distance += 5 * ((np.arange(width) - x) / width) ** 2
-    inside = distance < np.quantile(distance[::2, ::2], rng.uniform(0.35, 0.7))
-    inside[[0, -1]] = inside[:, [0, -1]] = False
-    shape = Image.fromarray(inside).convert("L").filter(ImageFilter.GaussianBlur(2))   # drops specks
-    return shape.resize(image.size, Image.Resampling.BICUBIC).point(HARD)
-
-
-HARD = [0] * 128 + [255] * 128                                  # half and more belongs to the region
-INNER = [max(0, 2 * value - 255) for value in range(256)]       # soft inside the region, 0 outside it
-
-
-def random_shape(image, rng):
-    """Shape for a stamp -> (L mask of the image's size, word)."""
-    word = str(rng.choice(["object", "blob", "polygon"], p=[0.5, 0.3, 0.2]))
-    return (segment(image, rng) if word == "object" else outline(image.size, rng, word == "blob")), word
-
-
-def cut(image, box, rng, zoom=1.0):
-    """A random window of the image, zoomed and resampled to `box` (width, height)."""
-    zoom = max(zoom, box[0] / image.width, box[1] / image.height)       # the window must fit
-    width, height = (max(1, int(side / zoom)) for side in box)
+def cut(image, size, rng):
+    """A random rectangle of the image, as large as 7-90 % of a picture of `size` (W, H)."""
+    side, aspect = 0.27 * 3.7 ** rng.random(), 2 ** rng.uniform(-0.5, 0.5)
+    width = int(np.clip(size[0] * side * aspect, 5, min(image.width, 0.95 * size[0])))
+    height = int(np.clip(size[1] * side / aspect, 5, min(image.height, 0.95 * size[1])))
     x, y = rng.integers(image.width - width + 1), rng.integers(image.height - height + 1)
-    window = image.crop((x, y, x + width, y + height))
-    return window if window.size == tuple(box) else window.resize(box, Image.Resampling.BICUBIC)
+    return image.crop((x, y, x + width, y + height))
 
 
-def fits(region):
-    """Does the region cover 1-50 % of its frame?"""
-    return 0.01 <= region.histogram()[255] / (region.width * region.height) <= 0.5
+def shape(image, rng):
+    """A region in an image -> (L of 0 and 255, word): "polygon", smooth "blob" or "object".
+
+    An object follows the image's own edges: the pixels nearest to a seed in colour and place.
+    """
+    word = str(rng.choice(["object", "blob", "polygon"], p=[0.5, 0.3, 0.2]))
+    if word == "object":
+        small = image.resize([max(8, min(side, 72)) for side in image.size])
+        colour = np.asarray(small.filter(ImageFilter.BoxBlur(1)), dtype=np.float32)  # (h, w, 3)
+        place = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in colour.shape[:2]),
+                                     indexing="ij"), 2)                              # (h, w, 2)
+        seed = tuple((rng.uniform(0.35, 0.65, 2) * colour.shape[:2]).astype(int))
+        distance = ((colour - colour[seed]) ** 2).sum(2) / (colour.var((0, 1)).sum() + 30)
+        distance += 5 * ((place - place[seed]) ** 2).sum(2)                          # (h, w)
+        inside = distance < np.quantile(distance[::2, ::2], rng.uniform(0.35, 0.7))
+        inside[[0, -1]] = inside[:, [0, -1]] = False
+        region = Image.fromarray(inside).convert("L").filter(ImageFilter.GaussianBlur(2.5))
+        return region.resize(image.size, Image.Resampling.BICUBIC).point(HARD), word
+    angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(4, 9) + 6 * (word == "blob")))
+    corners = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.4, 1, (len(angle), 1))
+    corners -= corners.min(0)                                                        # (n, 2)
+    corners *= (np.array(image.size) - 3) / (corners.max(0) + 1e-6)
+    region = Image.new("L", image.size)
+    ImageDraw.Draw(region).polygon((corners + 1).ravel().tolist(), fill=255)
+    if word == "blob":
+        region = region.filter(ImageFilter.GaussianBlur(min(image.size) / 16)).point(HARD)
+    return region, word
 
 
 def place(stamp, size, rng):
-    """Put a stamp (with alpha) on an empty frame: uniform over all spots, partly outside too, so that
-    no place is likelier than another -> (layer RGB, region L of 0 and 255), both of `size`."""
+    """An RGBA stamp anywhere on an empty frame, partly outside too, so that all places are equally
+    likely -> (layer RGB, region L of 0 and 255, whether it covers 1-50 %)."""
     for _ in range(10):
-        frame = Image.new(stamp.mode, size)
-        frame.paste(stamp, (int(rng.integers(1 - stamp.width, size[0])),
-                            int(rng.integers(1 - stamp.height, size[1]))))
-        region = frame.getchannel("A").point(HARD) if stamp.mode == "RGBA" else frame
-        if fits(region):
+        frame = Image.new("RGBA", size)
+        x, y = (int(rng.integers(1 - own, full)) for own, full in zip(stamp.size, size))
+        frame.paste(stamp, (x, y))
+        region = frame.getchannel("A").point(HARD)
+        if fits := 0.01 <= region.histogram()[255] / (size[0] * size[1]) <= 0.5:
             break
-    return frame.convert("RGB"), region
+    return frame.convert("RGB"), region, fits
 
 
-# -------------------------------------------------------------- synthesis: the four manipulations
-# Each: (photo, donor, rng) -> (layer RGB, region L, words). The layer shows through inside the region.
+def fill(photo, region):
+    """The photo with the region filled by the colours around it. Source: ours.
 
-def splice(photo, donor, rng):
-    """A part of another picture, with its own colours and JPEG history."""
-    box, words = random_box(photo.size, rng), []
-    stamp = cut(donor, box, rng, zoom=np.exp(rng.uniform(-0.5, 0.5)) if rng.random() < 0.6 else 1)
-    shape, word = random_shape(stamp, rng)
-    if rng.random() < 0.6:
-        stamp = jpeg(stamp, int(rng.integers(50, 99)), *rng.integers(0, 8, 2))
-    for _ in range(rng.integers(0, 3)):
-        stamp, change = touch(stamp, rng)
-        words.append(change)
-    stamp.putalpha(shape)
-    return *place(turn(stamp, rng)[0], photo.size, rng), [word, *dict.fromkeys(words)]
-
-
-def turn(stamp, rng):
-    """Flip, rotate and scale a stamp, each sometimes -> (stamp, words)."""
-    words = []
-    if rng.random() < 0.4:
-        stamp, words = ImageOps.mirror(stamp), ["mirrored"]
-    if rng.random() < 0.35:
-        stamp = stamp.rotate(rng.uniform(-60, 60), Image.Resampling.BICUBIC, expand=True)
-        words.append("turned")
-    if rng.random() < 0.35:
-        scale = np.exp(rng.uniform(-0.4, 0.4))
-        stamp = stamp.resize([max(4, round(side * scale)) for side in stamp.size], Image.Resampling.BICUBIC)
-        words.append("scaled")
-    return stamp, words
-
-
-def copy_move(photo, donor, rng):
-    """A part of the picture itself, at another place."""
-    stamp = cut(photo, random_box(photo.size, rng), rng)
-    shape, word = random_shape(stamp, rng)
-    stamp.putalpha(shape)
-    stamp, words = turn(stamp, rng)
-    return *place(stamp, photo.size, rng), [word, *words]
-
-
-def random_region(size, rng):
-    """A blob or polygon somewhere in the picture -> (L, word)."""
-    smooth = rng.random() < 0.6
-    return place(outline(random_box(size, rng), rng, smooth), size, rng)[1], "blob" if smooth else "polygon"
-
-
-def diffuse(photo, region):
-    """Fill the region from its border: average what is known at half size, again and again, and come back.
-
-    Pillow weighs colours by alpha when it resizes, so unknown pixels (alpha 0) count for nothing.
+    Halve it until one pixel is left, then return, each level filling what the finer one lacks;
+    Pillow weighs colours by alpha when it resizes, so unknown pixels (alpha 0) do not count.
     """
-    known = photo.copy()
-    known.putalpha(ImageChops.invert(region))
-    levels = [known]
+    levels = [photo.copy()]
+    levels[0].putalpha(ImageChops.invert(region))
     while max(levels[-1].size) > 1:
         half = [(side + 1) // 2 for side in levels[-1].size]
         levels.append(levels[-1].resize(half, Image.Resampling.BOX))
-    fill = levels.pop()
-    while levels:
-        known = levels.pop()
-        fill = Image.alpha_composite(fill.resize(known.size, Image.Resampling.BILINEAR), known)
-    return fill.convert("RGB")
-
-
-def removal(photo, donor, rng):
-    """A region filled from its surroundings: smoothly, or with a texture from nearby in the same colour."""
-    region, word = random_region(photo.size, rng)
-    layer = diffuse(photo, region)
-    if rng.random() < 0.4:
-        return add_noise(layer, rng.uniform(1, 5), rng), region, [word, "smooth fill"]
-    left, top, right, bottom = region.getbbox()
-    dx, dy = (right - left, 0) if rng.random() < 0.5 else (0, bottom - top)
-    sign = 1 if rng.random() < 0.5 else -1
-    texture = ImageChops.offset(photo, sign * dx, sign * dy)
-    blur = ImageFilter.BoxBlur(max(2, min(right - left, bottom - top) // 4))
-    detail = np.asarray(texture, dtype=np.int16) - np.asarray(texture.filter(blur))
-    layer = Image.fromarray((np.asarray(layer) + detail).clip(0, 255).astype(np.uint8))
-    return layer, region, [word, "texture fill"]
-
-
-def local_edit(photo, donor, rng):
-    """A region changed in place: brightness, colour, blur, noise, compression."""
-    region, word = random_region(photo.size, rng)
-    layer, change = touch(photo, rng)
-    return layer, region, [word, change]
-
-
-KINDS = {"splice": (splice, 0.5), "copy-move": (copy_move, 0.25), "removal": (removal, 0.13),
-         "local edit": (local_edit, 0.12)}      # with their shares. ours: splices are commonest in the test sets
+    smooth = levels.pop()
+    for known in reversed(levels):
+        smooth = Image.alpha_composite(smooth.resize(known.size, Image.Resampling.BILINEAR), known)
+    return smooth.convert("RGB")
 
 
 def synthesize(photo, donor, rng, kind=None):
     """Manipulate a photo -> (manipulated (H, W, 3) uint8, mask (H, W) uint8 {0, 1}, caption).
 
-    photo, donor (H, W, 3) uint8, of any sizes; rng a np.random.Generator; kind a key of KINDS or None (random).
+    photo, donor (H, W, 3) uint8, any sizes; rng np.random.Generator; kind a key of KINDS or None.
     1-50 % of the picture change; outside the mask every pixel stays as it was. Source: ours.
     """
-    names, shares = list(KINDS), [share for _, share in KINDS.values()]
-    kind = kind or str(rng.choice(names, p=shares))
+    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     photo, donor = Image.fromarray(photo), Image.fromarray(donor)
     for _ in range(6):
-        layer, region, words = KINDS[kind][0](photo, donor, rng)
-        result, soft = blend(photo, layer, region, rng)
+        stamp = cut(donor if kind == "splice" else photo, photo.size, rng)
+        outline, *words = shape(stamp, rng)
+        if kind == "splice" and rng.random() < 0.6:              # the donor's own JPEG history
+            stamp = jpeg(stamp, int(rng.integers(50, 99)), *rng.integers(0, 8, 2))
+        for _ in range(rng.integers(0, 3) if kind == "splice" else 0):
+            stamp, word = touch(stamp, rng)
+            words.append(word)
+        stamp.putalpha(outline)
+        stamp = ImageOps.mirror(stamp) if rng.random() < 0.4 else stamp
+        if rng.random() < 0.4:
+            stamp = ImageOps.scale(stamp, 2 ** rng.uniform(-0.5, 0.5))
+        if rng.random() < 0.4:
+            stamp = stamp.rotate(rng.uniform(-60, 60), Image.Resampling.BICUBIC, expand=True)
+        layer, region, fits = place(stamp, photo.size, rng)
+        if kind == "removal" and rng.random() < 0.5:
+            layer = add_noise(fill(photo, region), rng.uniform(0, 5), rng)
+            words.append("smooth fill")
+        elif kind == "removal":                                  # from beside it
+            left, top, right, bottom = region.getbbox() or (0, 0, 1, 1)
+            step = (right - left, 0) if rng.random() < 0.5 else (0, bottom - top)
+            layer = ImageChops.offset(photo, *step)
+            words.append("fill from beside")
+        elif kind == "local edit":
+            layer, word = touch(photo, rng)
+            words.append(word)
+        feather = min(rng.uniform(0.5, 3), region.histogram()[255] ** 0.5 / 10)
+        feather = feather if rng.random() < 0.5 else 0           # pixels
+        alpha = region.filter(ImageFilter.GaussianBlur(feather)).point(INNER)
+        result = Image.composite(layer, photo, alpha)
         change = ImageStat.Stat(ImageChops.difference(result, photo).convert("L"), region)
-        if fits(region) and change.mean[0] > 3:                 # less, and nobody could see it
+        if fits and change.mean[0] > 3:                          # less, and nobody could see it
             break
-    else:
-        kind, words = "local edit", ["polygon", "inverted"]     # a flat picture: make the change plain
+    else:                                                        # a flat picture: make it plain
+        kind, words, feather = "local edit", ["inverted"], 0
         result = Image.composite(ImageOps.invert(photo), photo, region)
-        soft = False
-    caption = ", ".join([kind, *words[:3], *(["soft border"] if soft else [])])
+    caption = ", ".join([kind, *dict.fromkeys(words), *(["soft border"] if feather else [])])
     return np.asarray(result), np.asarray(region) // 255, caption
 
 
-def blend(photo, layer, region, rng):
-    """Show the layer inside the region; half of the borders are feathered by up to 3 pixels, inwards, so
-    that nothing changes outside the region -> (RGB image, whether the border is soft)."""
-    soft = rng.random() < 0.5
-    feather = min(rng.uniform(0.5, 3), region.histogram()[255] ** 0.5 / 10) if soft else 0
-    alpha = region.filter(ImageFilter.GaussianBlur(feather)).point(INNER) if soft else region
-    return Image.composite(layer, photo, alpha), soft
+def degrade(image, rng, size=None):
+    """Rescale, blur, noise and JPEG, each sometimes -> (uint8 image, words); alike for both classes.
 
-
-# ------------------------------------------------------------------ the same end for both classes
-
-class Settings(NamedTuple):
-    """What `degrade` does; one instance serves both pictures of a pair."""
-    scale: float = 1.0
-    filter: int = Image.Resampling.BICUBIC
-    blur: float = 0.0             # sigma, pixels
-    noise: float = 0.0            # sigma, levels of 0-255
-    seed: int = 0                 # of the noise
-    quality: int = 0              # JPEG; 0 = none
-    grid: tuple = (0, 0)          # offset of the JPEG grid
-    subsampling: int = 0
-
-
-def random_settings(rng):
-    """Settings as they may befall any picture on its way; a third of them do nothing but JPEG, or nothing."""
-    chance = rng.random(4)
-    return Settings(
-        scale=rng.uniform(0.5, 1.25) if chance[0] < 0.35 else 1.0,
-        filter=int(rng.choice([Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])),
-        blur=rng.uniform(0.3, 1.2) if chance[1] < 0.15 else 0.0,
-        noise=rng.uniform(1, 6) if chance[2] < 0.15 else 0.0,
-        seed=int(rng.integers(2 ** 31)),
-        quality=int(rng.integers(60, 101)) if chance[3] < 0.65 else 0,
-        grid=tuple(rng.integers(0, 8, 2).tolist()), subsampling=int(rng.choice([0, 2])))
-
-
-def degrade(image, rng, settings=None):
-    """Rescale, blur, noise and JPEG, the same for both classes -> ((H', W', 3) uint8, words).
-
-    image (H, W, 3) uint8; settings: drawn from rng if None. Equal settings treat two pictures alike. Source: ours.
+    image (H, W, 3) uint8; size (W, H) of the result, by default the image's times 0.5-1.25.
+    Equal sizes and equal states of rng give two pictures exactly the same treatment. Source: ours.
     """
-    settings = settings or random_settings(rng)
     image, words = Image.fromarray(image), []
-    if settings.scale != 1:
-        image = image.resize([max(1, round(side * settings.scale)) for side in image.size], settings.filter)
-        words.append(f"scale {settings.scale:.2f}")
-    if settings.blur:
-        image = image.filter(ImageFilter.GaussianBlur(settings.blur))
+    scale, sampling = rng.uniform(0.5, 1.25), rng.choice([1, 2, 3])      # Lanczos, linear, cubic
+    size = size or tuple(max(1, round(side * scale)) for side in image.size)
+    if image.size != size:
+        words.append(f"scale {size[0] / image.width:.2f}")
+        image = image.resize(size, Image.Resampling(sampling))
+    if rng.random() < 0.15:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
         words.append("blur")
-    if settings.noise:
-        image = add_noise(image, settings.noise, np.random.default_rng(settings.seed))
+    if rng.random() < 0.15:
+        image = add_noise(image, rng.uniform(1, 6), rng)
         words.append("noise")
-    if settings.quality:
-        image = jpeg(image, settings.quality, *settings.grid, settings.subsampling)
-        words.append(f"quality {settings.quality}")
-    return np.asarray(image), ", ".join(words)
+    if rng.random() < 0.65:
+        quality = int(rng.integers(60, 101))
+        image = jpeg(image, quality, *rng.integers(0, 8, 2), int(rng.choice([0, 2])))
+        words.append(f"quality {quality}")
+    return np.asarray(image), ", ".join(words) or "untouched"
 
 
-# ------------------------------------------------------------------------------ training sets
+# ------------------------------------------------------------------------------- training sets
 
-class Photos:
-    """Decoded pictures by number: kept in memory (and shared with forked workers) up to `cache` megabytes,
-    read from disk beyond. paths may also be (H, W, 3) uint8 arrays."""
+class SeededSet(Dataset):
+    """Pictures whose chance comes from (seed, epoch, number), whatever the number of workers.
 
-    def __init__(self, paths, cache):
-        self.paths, self.memory, left = list(paths), {}, cache * 1e6
-        for i in range(len(self.paths)):
-            if left <= 0:
-                break
-            self.memory[i] = self.read(i)
-            left -= self.memory[i].nbytes
-
-    def read(self, i):
-        return self.paths[i] if isinstance(self.paths[i], np.ndarray) else np.asarray(open_image(self.paths[i]))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.memory[i] if i in self.memory else self.read(i)
-
-
-def random_window(photo, size, share, rng):
-    """A random square window of `share` times the photo's shorter side, at most, resampled to size -> PIL RGB.
-
-    share None: as many pixels as the result has, or up to 3 times as many, so often not resampled at all.
+    photos: paths or (H, W, 3) uint8 arrays; decoded ones stay in memory, shared with forked
+    workers, up to `cache` megabytes, others are read from disk each time.
     """
-    height, width = photo.shape[:2]
-    wide = size * np.exp(rng.uniform(0, np.log(3)) if rng.random() < 0.5 else 0) if share is None \
-        else share * min(height, width)
-    side = max(1, min(round(wide), height, width))
-    y, x = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
-    window = Image.fromarray(np.ascontiguousarray(photo[y:y + side, x:x + side]))
-    window = ImageOps.mirror(window) if rng.random() < 0.5 else window
-    return window if side == size else window.resize((size, size), Image.Resampling.BICUBIC)
 
-
-class _Seeded(Dataset):
-    """Items that depend on (seed, epoch, index) alone; the epoch is shared with living worker processes."""
-
-    def __init__(self, seed):
-        self.seed, self.epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()
+    def __init__(self, photos, size, seed, cache):
+        self.photos, self.size, self.seed = list(photos), size, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()      # seen by live workers
+        for i in range(len(self.photos)):
+            if cache > 0:
+                with suppress(BadPicture):                                   # raised when asked for
+                    self.photos[i] = self.photo(i)
+                    cache -= self.photos[i].nbytes / 1e6
 
     def set_epoch(self, epoch):
         self.epoch.fill_(epoch)
 
-    def rng(self, *index):
-        return np.random.default_rng((self.seed, int(self.epoch), *index))
+    def rng(self, *numbers):
+        return np.random.default_rng((self.seed, int(self.epoch), *numbers))
+
+    def photo(self, i):
+        photo = self.photos[i]
+        return photo if isinstance(photo, np.ndarray) else np.asarray(open_image(photo))
+
+    def work_size(self, rng):
+        """The side to work at: `degrade` to self.size then rescales by 0.5-1.25, often not at all."""
+        return round(self.size / (rng.uniform(0.5, 1.25) if rng.random() < 0.35 else 1))
+
+    def window(self, photo, side, work, rng):
+        """A random square, `side` pixels at most, flipped or not, resampled to `work` -> RGB."""
+        side = max(1, min(round(side), *photo.shape[:2]))
+        y, x = (rng.integers(0, full - side + 1) for full in photo.shape[:2])
+        window = Image.fromarray(np.ascontiguousarray(photo[y:y + side, x:x + side]))
+        window = ImageOps.mirror(window) if rng.random() < 0.5 else window
+        return window.resize((work, work), Image.Resampling.BICUBIC)
 
 
-class TrainingSet(_Seeded):
+class TrainingSet(SeededSet):
     """Labelled pictures: item -> (image (3, size, size) in [0, 1], label, index).
 
-    pairs: [(path, label)], nothing else. reencode: both classes go through `degrade`, so that compression
-    cannot tell the class. augment: random windows and flips; without, the centre. cache: megabytes.
+    pairs: [(path, label)], nothing else. reencode: `degrade` for both classes, so that compression
+    does not tell them apart. augment: random squares of 60-100 % of the shorter side and flips.
     """
 
-    def __init__(self, pairs, *, size, seed, reencode=True, augment=True, window=(0.6, 1.0), cache=1000):
-        super().__init__(seed)
+    def __init__(self, pairs, *, size, seed, reencode=True, augment=True, cache=1000):
+        super().__init__([path for path, _ in pairs], size, seed, cache)
         self.labels = [int(label) for _, label in pairs]
-        self.photos = Photos([path for path, _ in pairs], cache)
-        self.size, self.reencode, self.augment, self.window = size, reencode, augment, window
+        self.reencode, self.augment = reencode, augment
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        rng, photo = self.rng(index), self.photos[index]
-        settings = random_settings(rng) if self.reencode else Settings()
-        work = max(1, round(self.size / settings.scale))
+        rng, image = self.rng(index), self.photo(index)
+        work = self.work_size(rng) if self.reencode else self.size
         if self.augment:
-            image = random_window(photo, work, rng.uniform(*self.window), rng)
+            image = self.window(image, rng.uniform(0.6, 1) * min(image.shape[:2]), work, rng)
         else:
-            image = ImageOps.fit(Image.fromarray(photo), (work, work), Image.Resampling.BICUBIC)
-        image, _ = degrade(np.asarray(image), rng, settings._replace(scale=self.size / work))
+            image = ImageOps.fit(Image.fromarray(image), (work, work))
+        if self.reencode:
+            image, _ = degrade(np.asarray(image), rng, (self.size, self.size))
         return to_tensor(image), self.labels[index], index
 
 
-class SynthesisSet(_Seeded):
-    """Pictures made on the fly from genuine photos: item -> (image (3, size, size) in [0, 1], label, index).
+class SynthesisSet(SeededSet):
+    """Pictures made from genuine photos: item -> (image (3, size, size) in [0, 1], label, index).
 
-    photos: paths or (H, W, 3) uint8 arrays. With pairs, items 2i and 2i + 1 are a crop and its manipulation,
-    after the same post-processing; read them in order (every epoch is new, so nothing needs shuffling).
-    Without, neighbours are unrelated. cache: megabytes. Source: ours.
+    With pairs, items 2i and 2i + 1 are a crop and its manipulation after the same post-processing:
+    read them in order, each epoch is new. Without, neighbours are unrelated. Source: ours.
     """
 
     def __init__(self, photos, *, size, count, seed, pairs=True, cache=1000):
-        super().__init__(seed)
-        self.photos, self.size, self.count, self.pairs = Photos(photos, cache), size, count, pairs
+        super().__init__(photos, size, seed, cache)
+        self.count, self.pairs = count, pairs
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        image = self.make(index // 2 if self.pairs else index, index % 2)[0]
+        image, _, _ = self.make(index // 2 if self.pairs else index, index % 2)
         return to_tensor(image), index % 2, index
 
     def make(self, number, label):
-        """Picture of pair `number` -> (image (size, size, 3) uint8, mask (size, size) uint8, caption)."""
-        rng = self.rng(number)
-        settings = random_settings(rng)
-        work = max(16, round(self.size / settings.scale))
-        settings = settings._replace(scale=self.size / work)
-        background, donor = rng.integers(len(self.photos), size=2)
-        image = random_window(self.photos[background], work, None, rng)
-        if rng.random() < 0.4:                                   # an older JPEG history, of both
+        """One picture of a pair -> (image (H, W, 3) uint8, mask (H, W) uint8 {0, 1}, caption)."""
+        rng, size = self.rng(number), (self.size, self.size)
+        work = self.work_size(rng)
+        photo, donor = (self.photo(i) for i in rng.integers(len(self.photos), size=2))
+        sides = work * 3 ** (rng.random(2) * rng.integers(0, 2, 2))      # half of them: as they are
+        image = self.window(photo, sides[0], work, rng)
+        if rng.random() < 0.4:                                           # an older JPEG history
             image = jpeg(image, int(rng.integers(60, 99)), *rng.integers(0, 8, 2))
-        image, mask, caption = np.asarray(image), np.zeros((self.size, self.size), np.uint8), ""
+        image, mask, caption = np.asarray(image), np.zeros(size, np.uint8), ""
         if label:
-            donor = np.asarray(random_window(self.photos[donor], work, None, rng))
+            donor = np.asarray(self.window(donor, sides[1], work, rng))
             image, mask, caption = synthesize(image, donor, rng)
-            mask = np.asarray(Image.fromarray(mask).resize((self.size, self.size), Image.Resampling.NEAREST))
-        image, words = degrade(image, rng, settings)
-        return image, mask, caption or words or "untouched"
+            mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        image, words = degrade(image, self.rng(number, 1), size)         # equal chance for both
+        return image, mask, caption or words
+
+
+# -------------------------------------------------------------------------------- command line
+
+def leaks(pictures, folds=5):
+    """How well trivial cues tell the class -> {cue: balanced accuracy by cross-validation}.
+
+    Each cue guesses the class in which its value (or sixteenth) is commoner in the other folds.
+    """
+    cues = {"format": [], "size": [], "aspect": [], "JPEG tables": [], "bytes per pixel": []}
+    for picture in pictures:
+        with opened(picture.path) as image:
+            for values, value in zip(cues.values(), (
+                    image.format, str(image.size), image.width / image.height,
+                    str(getattr(image, "quantization", "")),
+                    picture.path.stat().st_size / (image.width * image.height))):
+                values.append(value)
+    label = np.array([picture.label for picture in pictures])
+    fold = np.random.default_rng(0).permutation(len(label)) % folds
+    for cue, values in cues.items():
+        if isinstance(values[0], float):
+            values = np.searchsorted(np.quantile(values, np.arange(1, 16) / 16), values)
+        code = np.unique(values, return_inverse=True)[1]
+        seen = np.zeros((folds, 2, code.max() + 1))
+        np.add.at(seen, (fold, label, code), 1)
+        rest = seen.sum(0) - seen                                        # (folds, 2, codes)
+        rate = rest / rest.sum(2, keepdims=True).clip(1)
+        guess = 0.5 + 0.5 * np.sign(rate[:, 1] - rate[:, 0])[fold, code]
+        cues[cue] = (guess[label == 1].mean() + 1 - guess[label == 0].mean()) / 2
+    return cues
+
+
+def contact_sheet(rows, path, cell=128):
+    """Rows of (list of (H, W, 3) or (H, W) uint8 arrays, caption), three abreast -> a picture."""
+    width = max(len(images) for images, _ in rows) * cell + 8
+    sheet = Image.new("RGB", (3 * width, -(-len(rows) // 3) * (cell + 16)), "white")
+    for i, (images, caption) in enumerate(rows):
+        x, y = i % 3 * width, i // 3 * (cell + 16)
+        for k, image in enumerate(images):
+            sheet.paste(ImageOps.contain(Image.fromarray(image), (cell, cell)), (x + k * cell, y))
+        ImageDraw.Draw(sheet).text((x, y + cell), caption, fill="black")
+    sheet.save(path)
+
+
+def describe(path, cues):
+    """Print what a data set holds, every file decoded -> (rows for `contact_sheet`, problems)."""
+    pictures, (layout, ignored, problems) = read_set(path)
+    sizes, rows = [], []
+    for i, picture in enumerate(pictures):
+        try:
+            images = [np.asarray(open_image(picture.path))]
+            images += [read_mask(picture) * 255] if picture.mask else []
+            sizes.append(images[0].shape[:2])
+            if i % (len(pictures) // 24 + 1) == 0:
+                rows.append((images, picture.path.name))
+        except BadPicture as error:
+            problems.append(f"bad file: {error}")
+    count = Counter(picture.label for picture in pictures)
+    print(f"{path}: {layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} without "
+          f"label, {sum(picture.mask is not None for picture in pictures)} masks, {ignored} others")
+    formats = Counter(picture.path.suffix.lower() for picture in pictures).most_common()
+    print("formats", *(f"{suffix} {n}" for suffix, n in formats), "| sizes (H, W)", min(sizes), "to",
+          max(sizes))
+    for cue, accuracy in leaks(pictures).items() if cues and count[0] and count[1] else ():
+        print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)")
+        if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
+            problems.append(f"leak: {cue} alone tells the class")
+    print("\n".join(problems) or "nothing wrong")
+    return rows, problems
+
+
+def write_synthesis(photos, out, count, size, seed):
+    """Write `count` pairs as out/au, out/tp, out/mask and list.csv -> rows for `contact_sheet`."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"found files in {out}, expected an empty folder: choose another --out")
+    for folder in ("au", "tp", "mask"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    pairs = SynthesisSet(photos, size=size, count=2 * count, seed=seed)
+    rows, lines = [], ["image,label,mask,caption"]
+    for i in range(count):
+        (original, _, words), (changed, mask, caption) = pairs.make(i, 0), pairs.make(i, 1)
+        for folder, image in (("au", original), ("tp", changed), ("mask", mask * 255)):
+            Image.fromarray(image).save(out / folder / f"{i:06}.png", compress_level=1)
+        lines += [f'au/{i:06}.png,0,,"{words}"', f'tp/{i:06}.png,1,mask/{i:06}.png,"{caption}"']
+        rows += [([original, changed, mask * 255], caption)] if i < 24 else []
+    (out / "list.csv").write_text("\n".join(lines) + "\n")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What is in a data set, or make one from photos.")
+    parser.add_argument("path", nargs="?", help="folder or list of labelled pictures")
+    parser.add_argument("--leaks", action="store_true", help="do trivial cues tell the class?")
+    parser.add_argument("--synthesize", metavar="PHOTOS", help="folder of genuine photos")
+    parser.add_argument("--out", help="new folder for the synthesised set")
+    for name, default in (("count", 100), ("size", 256), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--preview", metavar="PNG", help="draw a contact sheet")
+    args = parser.parse_args()
+    try:
+        if bool(args.path) == bool(args.synthesize) or bool(args.synthesize) != bool(args.out):
+            raise ValueError("expected either a PATH, or --synthesize PHOTOS --out DIR")
+        if args.synthesize:
+            photos = [p.path for p in read_set(args.synthesize)[0] if p.label != 1]
+            rows, problems = write_synthesis(photos, Path(args.out), args.count, args.size, args.seed), []
+        else:
+            rows, problems = describe(args.path, args.leaks)
+        if args.preview:
+            contact_sheet(rows, args.preview)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
