@@ -6,6 +6,7 @@ Used in training only. Shapes: B images, N patches, Dv image width, K patches ta
 d contrast width; class 0 genuine, 1 manipulated.
 """
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -27,6 +28,21 @@ def select(edges, probability, labels, *, share, top):
     own = probability.masked_fill(weak, -1).topk(K, dim=1).indices                    # (B, K)
     clean = (-probability).masked_fill(weak, -2).topk(K, dim=1).indices               # (B, K)
     return own, clean
+
+
+def join(x):
+    """The batches of all W processes: (B, ...) -> (W * B, ...), with gradients for one's own rows.
+
+    All compute the same loss of it, each gives back the part of its own rows, and
+    DistributedDataParallel averages: hence the factor W on that part.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        parts[dist.get_rank()] = x.detach() + len(parts) * (x - x.detach())
+    return torch.cat(parts)                                                           # (W * B, ...)
 
 
 class DualQueue(nn.Module):
@@ -93,7 +109,8 @@ class HECL(nn.Module):
 
     def forward(self, levels, edges, probability, labels):
         """levels [(B, N, Dv)], edges, probability (B, N), labels (B,) in {0, 1} -> scalar loss >= 0."""
-        B = len(labels)
+        levels, (edges, probability, labels) = map(join, levels), map(join, (edges, probability, labels))
+        B = len(labels)                                                               # of all processes
         own, clean = select(edges, probability.detach(), labels, share=self.share, top=self.top)
         K = own.shape[1]
         index = torch.cat([own, clean], dim=1)                                        # (B, 2K)
@@ -122,8 +139,7 @@ class HECL(nn.Module):
     @staticmethod
     @torch.no_grad()
     def enqueue(queue, z, labels):
-        """The `own` patches z (B, K, d), as many genuine as manipulated pictures. With several processes
-        train.py joins their batches before the loss, so that all hold the same queues."""
+        """The `own` patches z (B, K, d), as many genuine as manipulated pictures."""
         n = int(min((labels == 0).sum(), (labels == 1).sum()))
         queue.push(*(z[labels == c][:n].flatten(0, 1) for c in (0, 1)))               # 2 x (n * K, d)
 
