@@ -118,10 +118,7 @@ def parse(arguments=None):
 # -------------------------------------------------------------------------------------- pictures
 
 class Tolerant(Dataset):
-    """A data set that puts another picture of the class in the place of an unreadable one.
-
-    Items: image, label, index, [messages]; more than `limit` bad ones in a row raise BadPicture.
-    """
+    """Puts another picture in the place of an unreadable one: image, label, index, [messages]."""
 
     def __init__(self, dataset, limit):
         self.dataset, self.limit = dataset, limit
@@ -157,23 +154,20 @@ def make_sets(config):
     if config.data:
         pictures = [p for p in data.read_set(config.data)[0] if p.label is not None]
     else:
-        files = (p for p in sorted(Path(config.synthesize).rglob("*")) if p.suffix.lower() in data.EXTENSIONS)
-        pictures = [data.Picture(p, 0, source=p.stem) for p in files]
-    parts = data.split(pictures, config.val, config.seed)
-    for part, name in zip(parts, ("train on", "validate")):
-        found = [sum(p.label == label for p in part) for label in (0, 1)]
-        if 0 in (found if config.data else found[:1]):
-            raise ValueError(f"{config.data or config.synthesize}: found {found[0]} genuine and {found[1]} "
-                             f"manipulated pictures to {name}: add some, or change --val")
-    common = {"size": config.size, "seed": config.seed}
+        pictures = [data.Picture(p, 0, source=p.stem) for p in sorted(Path(config.synthesize).rglob("*"))
+                    if p.suffix.lower() in data.EXTENSIONS]
+    parts, common = data.split(pictures, config.val, config.seed), {"size": config.size, "seed": config.seed}
+    if any({p.label for p in part} != ({0, 1} if config.data else {0}) for part in parts):
+        raise ValueError(f"found {len(parts[0])} pictures to train, {len(parts[1])} to validate in "
+                         f"{config.data or config.synthesize}, expected both classes in both parts of --data, "
+                         "any photo in both of --synthesize: add pictures, or change --val")
     if config.data:
-        train, val = (data.TrainingSet([(p.path, p.label) for p in part], augment=augment, **common)
-                      for part, augment in zip(parts, (config.augment, False)))
+        sets = [data.TrainingSet([(p.path, p.label) for p in part], augment=augment, **common)
+                for part, augment in zip(parts, (config.augment, False))]
     else:
-        counts = config.count // 2 * 2, min(512, max(32, round(config.val * config.count) // 2 * 2))
-        train, val = (data.SynthesisSet([p.path for p in part], count=count, **common)
-                      for part, count in zip(parts, counts))
-    return train, val, [p.path for p in parts[1] if not p.label]
+        sets = [data.SynthesisSet([p.path for p in part], count=count // 2 * 2, **common)
+                for part, count in zip(parts, (config.count, max(32, min(512, int(config.val * config.count)))))]
+    return *sets, [p.path for p in parts[1] if not p.label]
 
 
 def batches(labels, count, config, epoch):
@@ -192,7 +186,7 @@ def batches(labels, count, config, epoch):
     return rng.permuted(order.reshape(-1, config.batch), axis=1)
 
 
-# ---------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------- model and losses
 
 def tile(image, K):
     """Mosaics (after CLIM): image (B, 3, H, W) -> (B / K^2, 3, K * H, K * W), row by row."""
@@ -296,13 +290,6 @@ class Run:
                 groups.setdefault((lr, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
         return [{"params": ps, "lr": lr, "base": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()]
 
-    def average(self):
-        """Move the averaged weights, --ema, towards the present ones."""
-        if self.config.ema:
-            for mean, p in zip(self.mean.parameters(), self.model.parameters()):
-                if p.requires_grad:
-                    mean.data.lerp_(p.detach(), 1 - self.config.ema)
-
     def save(self):
         mean = {k: p for k, p in self.mean.named_parameters() if p.requires_grad and self.config.ema}
         self.write("last.pt", self.model, optimizer=self.optimizer.state_dict(), now=self.now, mean=mean,
@@ -320,7 +307,7 @@ class Run:
                           f"{last_checkpoint(path.parent)}: make room, then --resume") from error
 
 
-# -------------------------------------------------------------------------- validation and log
+# --------------------------------------------------------------------- validation, log, curves
 
 @torch.no_grad()
 def validate(run, dataset):
@@ -390,12 +377,14 @@ def schedule(done, warmup):
 
 def train_step(run, objective, pictures, done):
     """One step of the optimizer, at a share `done` of the training -> whether to stop after it."""
-    config, world, indices = run.config, ranks()[1], []
+    config, now, world, indices = run.config, run.now, ranks()[1], []
     total = torch.zeros(5, device=run.device)                  # three losses, gradient, told to stop
     for part in range(config.accumulate):
         image, labels, numbers, bad = next(pictures)
         indices += numbers
-        skip(run, bad)
+        for message in set(bad) - set(now["bad"]):
+            now["bad"].append(message)
+            print(f"skipped {message}", file=sys.stderr)
         alone = world > 1 and part + 1 < config.accumulate     # gradients are exchanged once a step
         with objective.no_sync() if alone else contextlib.nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16, config.precision == "bf16"):
@@ -410,26 +399,21 @@ def train_step(run, objective, pictures, done):
     if world > 1:
         dist.all_reduce(total)
     *values, stop = (total / world).tolist()
+    if len(now["bad"]) > config.bad_limit:
+        raise ValueError(f"found {len(now['bad'])} unreadable pictures, --bad-limit is {config.bad_limit}: look "
+                         "with `python data.py FOLDER`, or raise the limit")
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch {run.now['epoch'] + 1}, step "
-                         f"{run.now['step'] + 1}, pictures {indices}: lower --lr or look at them; the last good "
+        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch {now['epoch'] + 1}, step "
+                         f"{now['step'] + 1}, pictures {indices}: lower --lr or look at them; the last good "
                          f"checkpoint is {last_checkpoint(config.out)}")
     run.optimizer.step()
     run.optimizer.zero_grad()
-    run.average()
-    run.now["sums"] = [a + b for a, b in zip(run.now["sums"], values)]
-    run.now["step"] += 1
+    for mean, p in zip(run.mean.parameters(), run.model.parameters()):
+        if config.ema and p.requires_grad:
+            mean.data.lerp_(p.detach(), 1 - config.ema)
+    now["sums"] = [a + b for a, b in zip(now["sums"], values)]
+    now["step"] += 1
     return stop > 0
-
-
-def skip(run, messages):
-    """Name each unreadable picture once; ValueError when there are more than --bad-limit."""
-    for message in set(messages) - set(run.now["bad"]):
-        run.now["bad"].append(message)
-        print(f"skipped {message}", file=sys.stderr)
-    if len(run.now["bad"]) > run.config.bad_limit:
-        raise ValueError(f"{len(run.now['bad'])} unreadable pictures, --bad-limit is {run.config.bad_limit}: "
-                         "look with `python data.py FOLDER`, or raise the limit")
 
 
 def run_epoch(run, objective, train_set, val_set):
@@ -482,8 +466,7 @@ def train(config):
     labels = getattr(train_set, "labels", [0, 1])
     objective = Objective(run.model, run.hecl, config, labels.count(0) / labels.count(1)).to(device)
     if world > 1:        # unused: what of CLIP the map does not need, such as the last class token
-        objective = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False,
-                                                        find_unused_parameters=True)
+        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
         print(f"{len(train_set)} pictures to train, {len(val_set)} to validate, on {device} x {world}; epoch "
