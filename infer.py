@@ -6,7 +6,7 @@
 
 Shapes: B images, h, w patch grid, H, W pixels. A map is in [0, 1], 1 = manipulated.
 """
-import argparse, base64, csv, glob, html, io, json, math, os, pickle, sys, time
+import argparse, base64, contextlib, csv, glob, html, io, json, math, os, pickle, sys, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -25,8 +25,8 @@ import ecpl
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny.pt"
 ECPL_KEYS = ecpl.ECPL.SETTINGS
-BATCH = 8                   # pictures per forward pass
-BAD = (OSError, ValueError, MemoryError)             # what a picture, not the program, may raise
+BATCH = 8                                        # pictures per forward pass
+BAD = (OSError, ValueError, MemoryError)         # what a picture, not the program, may raise
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -36,44 +36,38 @@ def is_backbone(key):
     return key.startswith("clip.") and (".parametrizations." not in key or key.endswith(".original"))
 
 
-def save_checkpoint(path, model, half=False, **state):
-    """Write a SAPL checkpoint so that an interruption never leaves a broken file.
+def save_checkpoint(path, model, **state):
+    """Write SAPL and `state` (tensors and plain types) so that no interruption breaks the file.
 
-    model: SAPL. state: further entries, tensors and plain types only (optimizer, epoch, ..).
-    half: floating-point weights as fp16, for a model to be shared. The file that was there
-    before is kept as `<path>.previous`. An official CLIP is stored by name and hash only.
+    The file before is kept as `<path>.previous`; an official CLIP is stored by name and hash.
+    Of a model to be shared pass `model.half()`.
     """
     tensors = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    if half:
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     own = {key: tensors.pop(key) for key in list(tensors) if is_backbone(key)}
-    backbone = {key.removeprefix("clip.").replace("parametrizations.", "").removesuffix(".original"):
-                value for key, value in own.items()}                        # OpenAI's names
+    for part in ("clip.", "parametrizations.", ".original"):            # what is left: OpenAI's names
+        own = {key.replace(part, "", 1): value for key, value in own.items()}
     if model.config["tune"] != "full" and model.clip.name in clip.OFFICIAL:
-        backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save({"format": 1, "config": model.config, "clip": backbone, "model": tensors,
+        own = {"name": model.clip.name, "sha256": model.clip.sha256}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.part", "wb") as file:
+        torch.save({"format": 1, "config": model.config, "clip": own, "model": tensors,
                     "threshold": float(model.threshold), **state}, file)
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
-    os.replace(part, path)
+    if os.path.exists(path):
+        os.replace(path, f"{path}.previous")
+    os.replace(f"{path}.part", path)
 
 
 def load_checkpoint(path):
-    """The dict of a file of `save_checkpoint`, tensors on the CPU; OSError or ValueError, one line."""
-    path = Path(path)
-    if not path.is_file():
+    """The dict of a file of `save_checkpoint`, on the CPU; OSError or ValueError of one line."""
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --data "
                                 "FOLDER`, then name its best.pt with --checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = f"format {state['format']}"
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         state, found = {}, f"{type(error).__name__} while reading it"
     if not {"config", "clip", "model", "threshold"} <= set(state) or state["format"] != 1:
         raise ValueError(f"{path} is not a SAPL checkpoint of format 1 ({found}): use a file that "
@@ -93,12 +87,6 @@ class Result(NamedTuple):
     area: float           # share of the mask in the picture, in [0, 1]
 
 
-class View(NamedTuple):
-    """A picture made ready for the network."""
-    size: tuple           # (H, W) of the picture, pixels
-    image: torch.Tensor   # (3, H', W') in [0, 1]: the whole picture, sides multiples of the patch
-
-
 def open_picture(source):
     """Path, PIL image or uint8 array (H, W, 3) -> PIL RGB image; data.BadPicture if unreadable."""
     if isinstance(source, (str, Path)):
@@ -115,11 +103,6 @@ def pick_device(name):
     """"auto", "cpu", "cuda", "mps" -> torch.device."""
     mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
     return torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
-
-
-def tile_starts(length, tile):
-    """Where tiles begin on `length` cells; neighbours share a quarter or more (ours)."""
-    return np.linspace(0, length - tile, 1 + math.ceil((length - tile) / (tile * 3 / 4))).astype(int)
 
 
 class SAPL(nn.Module):
@@ -145,28 +128,27 @@ class SAPL(nn.Module):
     def load(cls, path=None, device="auto", merge=True):
         """The model of a checkpoint (None: the shipped weights/tiny.pt), in eval mode.
 
-        device: "auto", "cpu", "cuda", "mps". merge: fold LoRA into the weights; False to train on.
-        Raises ValueError or OSError with one line: found, expected, remedy.
+        merge: fold LoRA into the weights; False to train on. Raises OSError or ValueError of one line.
         """
-        path = Path(path or SHIPPED)
-        state = load_checkpoint(path)
-        if "name" in state["clip"]:
-            backbone = clip.load(state["clip"]["name"])
-            if backbone.sha256 != state["clip"]["sha256"]:
-                raise ValueError(f"{path} needs {backbone.name} with SHA-256 {state['clip']['sha256']}, "
-                                 f"found {backbone.sha256}: fetch the file again")
+        state = load_checkpoint(path or SHIPPED)
+        config, backbone = state["config"], state["clip"]
+        if "name" in backbone:
+            model = clip.load(backbone["name"])
+            if model.sha256 != backbone["sha256"]:
+                raise ValueError(f"{path} needs {model.name} with SHA-256 {backbone['sha256']}, found "
+                                 f"{model.sha256}: fetch that file again")
         else:
-            backbone = clip.build(state["clip"])
-            backbone.name, backbone.sha256 = state["config"]["clip"], ""
+            model = clip.build(backbone)
+            model.name, model.sha256 = config["clip"], ""
         try:
-            model = cls(backbone, state["config"])
+            model = cls(model, config)
             own = {key: value for key, value in model.state_dict().items() if is_backbone(key)}
             model.load_state_dict(own | state["model"])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path} does not fit this version, train it again: "
                              f"{' '.join(str(error).split())[:300]}") from error
         model.threshold = state["threshold"]
-        if merge and model.config["tune"] == "lora":
+        if merge and config["tune"] == "lora":
             clip.merge_lora(model.clip)
             model.config["tune"] = "full"          # saved again, its CLIP is no longer the official
         return model.to(pick_device(device)).eval()
@@ -179,50 +161,48 @@ class SAPL(nn.Module):
         return out.probability.float().cpu(), out.score_logit.float().sigmoid().cpu()
 
     def view(self, source):
-        """What `open_picture` takes -> View."""
+        """The whole picture for the network: ((H, W) of the picture, (3, H', W') in [0, 1])."""
         picture, p = open_picture(source), self.clip.visual.patch_size
         scale = min(1, self.config["max_side"] / max(picture.size)) / p
         size = [max(1, round(side * scale)) * p for side in picture.size]
         small = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-        return View((picture.height, picture.width), data.to_tensor(small))
+        return picture.size[::-1], data.to_tensor(small)
 
     def tiles(self, picture, grid):
         """Refine a view's grid (h, w) by overlapping tiles of the picture as it is: (rows, columns).
 
-        A tile is as large as a view may be. Beside the picture only one tile and the grids lie in
-        memory. What the patches do not cover, less than half a patch, is left out on every side.
+        Tiles are as large as a view; beside the picture only one and the grids lie in memory. What
+        the patches do not cover, less than half a patch on every side, is left out.
         """
-        p, tile = self.clip.visual.patch_size, self.config["max_side"] // self.clip.visual.patch_size
-        columns, rows = (max(1, side // p) for side in picture.size)
-        x0, y0 = (picture.width - columns * p) // 2, (picture.height - rows * p) // 2
-        h, w = min(tile, rows), min(tile, columns)
+        p, (W, H) = self.clip.visual.patch_size, picture.size
+        most, rows, columns = self.config["max_side"] // p, max(1, H // p), max(1, W // p)
+        h, w = min(most, rows), min(most, columns)
+        starts = [np.linspace(0, n - t, 1 + math.ceil((n - t) / (0.75 * t))).astype(int)
+                  for n, t in ((rows, h), (columns, w))]           # ours: a quarter of overlap or more
         ramps = [torch.sin(math.pi * (torch.arange(n) + 0.5) / n) for n in (h, w)]
         window = ramps[0][:, None] * ramps[1]                                         # (h, w)
         total, weight = torch.zeros(2, rows, columns)                                 # (rows, columns)
-        for top in tile_starts(rows, h):
-            for left in tile_starts(columns, w):
-                x, y = x0 + left * p, y0 + top * p
+        for top in starts[0]:
+            for left in starts[1]:
+                x, y = (W - columns * p) // 2 + left * p, (H - rows * p) // 2 + top * p
                 image = data.to_tensor(picture.crop((x, y, x + w * p, y + h * p)))    # (3, H, W)
                 total[top:top + h, left:left + w] += window * self.answer(image[None])[0][0]
                 weight[top:top + h, left:left + w] += window
         return (total / weight + resize_map(grid, (rows, columns))) / 2      # ours: both count alike
 
-    def predict(self, views, pictures=None):
-        """B views of one size -> B times (grid (h, w) in [0, 1], score). pictures: to be tiled."""
-        grids, scores = self.answer(torch.stack([view.image for view in views]))      # (B, h, w), (B,)
-        if pictures:
-            grids = [self.tiles(picture, grid) if max(picture.size) > self.config["max_side"] else grid
-                     for picture, grid in zip(pictures, grids)]
-        return list(zip(grids, scores.tolist()))
+    def predict(self, images, pictures=None):
+        """Views of one size -> [(grid (h, w) in [0, 1], score)]. pictures: PIL images to be tiled."""
+        grids, scores = self.answer(torch.stack(images))                              # (B, h, w), (B,)
+        large = [pictures and max(picture.size) > self.config["max_side"] for picture in pictures or grids]
+        grids = [self.tiles(pictures[i], grid) if large[i] else grid for i, grid in enumerate(grids)]
+        return zip(grids, scores.tolist())
 
-    def result(self, size, grid, score, raw=False):
-        """Grid (h, w) and score -> Result of size (H, W); ValueError where they are not numbers."""
+    def result(self, size, grid, score, raw):
+        """grid (h, w), score -> Result of size (H, W); ValueError where they are not numbers."""
         if not torch.isfinite(grid).all() or not math.isfinite(score):
             raise ValueError("the network's answer is not a number: check the checkpoint")
-        grid = grid if raw else ecpl.regions(grid[None])[0]                           # (h, w)
-        map = resize_map(grid, size).numpy()                                          # (H, W)
-        mask = map > self.threshold
-        decision = "manipulated" if score > self.threshold else "genuine"
+        map = resize_map(grid if raw else ecpl.regions(grid[None])[0], size).numpy()  # (H, W)
+        mask, decision = map > self.threshold, "manipulated" if score > self.threshold else "genuine"
         return Result(map, mask, score, decision, self.threshold, float(mask.mean()))
 
     def localize(self, source, raw=False, tiles=False):
@@ -232,15 +212,16 @@ class SAPL(nn.Module):
         pictures longer than max_side at their own resolution. Raises data.BadPicture or ValueError.
         """
         picture = open_picture(source)
-        view = self.view(picture)
-        return self.result(view.size, *self.predict([view], tiles and [picture])[0], raw)
+        size, image = self.view(picture)
+        (grid, score), = self.predict([image], tiles and [picture])
+        return self.result(size, grid, score, raw)
 
 
 def stream(model, sources, opener, raw, tiles):
     """Answer many pictures: decoded ahead by threads, batched by the size of their views.
 
-    Yields (source, Result or error, (H, W) or None, seconds) in the order of the sources.
-    opener: source -> what `SAPL.view` takes. At most 8 * BATCH views lie in memory.
+    Yields (source, Result or error, seconds) in the order of the sources. opener: source -> what
+    `SAPL.view` takes. At most 8 * BATCH views lie in memory.
     """
     sources = iter(sources)
     with ThreadPoolExecutor(2) as pool:
@@ -251,34 +232,29 @@ def stream(model, sources, opener, raw, tiles):
         while following:
             window, following, groups, answers = following, ahead(), defaultdict(list), {}
             for i, (_, future) in enumerate(window):
-                try:
-                    groups[future.result().image.shape].append((i, future.result()))
-                except BAD as error:
-                    answers[i] = error, None, 0.0
+                if not isinstance(future.exception(), BAD):
+                    groups[future.result()[1].shape].append(i)
             for some in (g[k:k + BATCH] for g in groups.values() for k in range(0, len(g), BATCH)):
                 start = time.perf_counter()
-                pictures = tiles and [opener(window[i][0]) for i, _ in some]
-                found = model.predict([view for _, view in some], pictures)
-                for (i, view), answer in zip(some, found):
-                    answers[i] = answer, view.size, (time.perf_counter() - start) / len(some)
-            for i, (source, _) in enumerate(window):
-                answer, size, seconds = answers[i]
+                pictures = tiles and [opener(window[i][0]) for i in some]
+                found = model.predict([window[i][1].result()[1] for i in some], pictures)
+                seconds = (time.perf_counter() - start) / len(some)
+                answers.update((i, (*answer, seconds)) for i, answer in zip(some, found))
+            for i, (source, future) in enumerate(window):
+                *answer, seconds = answers.get(i, [0.0])
                 try:
-                    answer = answer if size is None else model.result(size, *answer, raw)
+                    result = model.result(future.result()[0], *answer, raw)
                 except BAD as error:
-                    answer = error
-                yield source, answer, size, seconds
+                    result = error
+                yield source, result, seconds
 
 
-# ------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------- metrics
 
-PIXEL = ("pixel_f1", "pixel_precision", "pixel_recall", "pixel_iou", "pixel_f1_best", "pixel_auc")
 THRESHOLDS = np.arange(1, 100) / 100
-
-
-def ratio(a, b, empty=0.0):
-    """a / b, and `empty` for 0 / 0."""
-    return float(a / b) if b else empty
+ATTACKS = [f"{kind}:{value}" for kind, values in (                       # the grid of IMDL-BenCo
+    ("jpeg", (100, 90, 80, 70, 60, 50)), ("blur", (3, 7, 11, 15, 19, 23)),
+    ("noise", (3, 7, 11, 15, 19, 23))) for value in values]
 
 
 def mean(values):
@@ -287,68 +263,73 @@ def mean(values):
     return float(np.mean(values)) if values else None
 
 
-def harmonic(a, b):
-    """Harmonic mean, 0 if both are 0, None if one is None."""
-    return None if a is None or b is None else ratio(2 * a * b, a + b)
-
-
-def pixel_counts(flags, truth):
-    """(TP, FP, FN, TN) of boolean arrays of one shape."""
+def rates(flags, truth):
+    """Counts and rates of boolean arrays of one shape; a rate is None where it is 0 / 0."""
     tp, flagged, positive = int((flags & truth).sum()), int(flags.sum()), int(truth.sum())
-    return tp, flagged - tp, positive - tp, truth.size - flagged - positive + tp
+    fp, fn, tn = flagged - tp, positive - tp, truth.size - flagged - positive + tp
+    parts = {"f1": (2 * tp, 2 * tp + fp + fn), "precision": (tp, flagged), "recall": (tp, positive),
+             "iou": (tp, tp + fp + fn), "spe": (tn, tn + fp), "acc": (tp + tn, truth.size)}
+    shares = {name: a / b if b else None for name, (a, b) in parts.items()}
+    return {"tp": tp, "fp": fp, "fn": fn, "tn": tn} | shares
+
+
+def harmonic(a, b):
+    """Harmonic mean of two rates, 0 if one is 0, None if one is None."""
+    return None if a is None or b is None else 2 * a * b / (a + b) if a and b else 0.0
 
 
 def curve(values, truth):
     """(t, TP, FP, AUC): the counts of values >= t for every distinct value t, falling.
 
-    AUC: the chance that a positive lies above a negative, ties half (mid-ranks); None with one class.
+    AUC: chance that a positive lies above a negative, ties half (mid-ranks); None with one class.
     """
     order = np.argsort(values, axis=None)[::-1]
     values, truth = np.ravel(values)[order], np.ravel(truth)[order]
-    last = np.flatnonzero(np.append(values[1:] != values[:-1], values.size > 0))   # of each run of ties
+    last = np.flatnonzero(np.append(values[1:] != values[:-1], values.size > 0))     # of each tie
     tp = np.cumsum(truth, dtype=np.int64)[last]
     fp = last + 1 - tp
-    below = np.sum(np.diff(fp, prepend=0) * (2 * tp - np.diff(tp, prepend=0)))     # positives above, doubled
-    return values[last].astype(np.float64), tp, fp, ratio(below, 2 * tp[-1:].sum() * fp[-1:].sum(), None)
+    won = np.sum(np.diff(fp, prepend=0) * (2 * tp - np.diff(tp, prepend=0)))         # pairs, twice
+    pairs = 2 * tp.max(initial=0) * fp.max(initial=0)
+    return values[last].astype(np.float64), tp, fp, float(won / pairs) if pairs else None
 
 
 def rank_auc(values, truth):
-    """Area under the ROC curve of values for truth {0, 1}, ties by mid-ranks; None with one class."""
+    """Area under the ROC curve of values for truth {0, 1}; see `curve`."""
     return curve(values, truth)[3]
 
 
 def pixel_scores(map, mask, threshold):
     """All metrics of one picture: map (H, W) in [0, 1], mask (H, W) {0, 1}, not empty -> dict."""
     truth = np.asarray(mask, dtype=bool)
-    tp, fp, fn, tn = pixel_counts(map > threshold, truth)
-    t, tps, fps, auc = curve(map, truth)
-    f1 = np.where(t > 0, 2 * tps / (tps + fps + tps[-1]), 0.0)              # a map of 0 flags nothing
-    at = np.append(0.0, f1)[np.searchsorted(-t, -THRESHOLDS)]               # F1 of map > each threshold
-    return {"tp": tp, "fp": fp, "fn": fn, "tn": tn, "pixel_f1": ratio(2 * tp, 2 * tp + fp + fn),
-            "pixel_precision": ratio(tp, tp + fp), "pixel_recall": ratio(tp, tp + fn), "pixel_auc": auc,
-            "pixel_iou": ratio(tp, tp + fp + fn), "pixel_f1_best": float(f1.max()), "at": at}
+    t, tp, fp, auc = curve(map, truth)
+    f1 = np.where(t > 0, 2 * tp / (tp + fp + tp[-1]), 0.0)                # a map of 0 flags nothing
+    at = np.append(0.0, f1)[np.searchsorted(-t, -THRESHOLDS)]             # F1 of map > each threshold
+    values = {key: value or 0 for key, value in rates(map > threshold, truth).items()}
+    return values | {"auc": auc, "f1_best": float(f1.max()), "at": at}
 
 
 def pixel_summary(scores):
     """Means over the dicts of `pixel_scores`, None where there is nothing to average."""
+    names = ("f1", "precision", "recall", "iou", "f1_best", "auc")
     best = float(np.mean([each["at"] for each in scores], axis=0).max()) if scores else None
-    return {name: mean(each[name] for each in scores) for name in PIXEL} | {"pixel_f1_best_global": best}
+    return {f"pixel_{name}": mean(each[name] for each in scores) for name in names} | {
+        "pixel_f1_best_global": best}
 
 
 def image_summary(scores, labels, threshold):
     """Image-level metrics of scores in [0, 1] and labels {0, 1}, both of length n."""
     truth = np.array(labels, dtype=bool)
-    tp, fp, fn, tn = pixel_counts(np.array(scores) > threshold, truth)
-    sen, spe = ratio(tp, tp + fn, None), ratio(tn, tn + fp, None)
-    return {"image_auc": rank_auc(scores, truth), "image_acc": ratio(tp + tn, truth.size, None),
-            "image_sen": sen, "image_spe": spe, "image_f1_hm": harmonic(sen, spe),
-            "image_f1": ratio(2 * tp, 2 * tp + fp + fn) if tp + fn else None}
+    found = rates(np.array(scores) > threshold, truth)
+    return {"image_auc": rank_auc(scores, truth), "image_acc": found["acc"],
+            "image_sen": found["recall"], "image_spe": found["spe"],
+            "image_f1": found["f1"] if truth.any() else None,
+            "image_f1_hm": harmonic(found["recall"], found["spe"])}
 
 
 def baselines(picture):
     """Trivial maps (H, W) of a PIL picture: what a network must beat."""
-    x, y = (np.linspace(-1, 1, side) if side > 1 else np.zeros(1) for side in picture.size)
-    return {"all_ones": np.ones((len(y), len(x)), dtype=np.float32),
+    x, y = (np.linspace(-1, 1, side) for side in picture.size)
+    return {"all_ones": np.ones((y.size, x.size), dtype=np.float32),
             "centre": np.exp(-2 * (y[:, None] ** 2 + x ** 2)),     # ours: sigma is a quarter of a side
             "edge": ecpl.soft_edges(data.to_tensor(picture)[None])[0, 0].numpy()}
 
@@ -356,36 +337,36 @@ def baselines(picture):
 def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=False):
     """The metrics of labelled pictures ([data.Picture]), of the model and of the baselines.
 
-    attack: see data.attack. Returns: (summary dict, one dict a picture); what could not count is
-    in summary["excluded"]: {reason: number}.
+    attack: see data.attack. Returns (summary, one dict a picture); summary["excluded"] tells what
+    could not count: {reason: number}.
     """
     def opener(entry):
         picture = data.open_image(entry.path)
         return data.attack(picture, attack) if attack else picture
 
     rows, excluded, pixels = [], Counter(), defaultdict(list)
-    labelled = [entry for entry in pictures if entry.label is not None]
-    excluded["no label"] = len(pictures) - len(labelled)
-    for entry, result, size, _ in stream(model, labelled, opener, raw, tiles):
-        row = {"path": str(entry.path), "label": entry.label}
-        rows.append(row)
-        if isinstance(result, Exception):
-            row["error"] = str(result)
-            excluded["no answer"] += 1
+    for entry, result, _ in stream(model, pictures, opener, raw, tiles):
+        rows.append({"path": str(entry.path), "label": entry.label})
+        try:
+            if isinstance(result, Exception):
+                raise result
+            mask = data.read_mask(entry) if entry.label and entry.mask else None
+        except BAD as error:
+            rows[-1]["error"] = str(error)
+            excluded["unreadable"] += 1
             continue
-        row["score"] = result.score
-        mask = data.read_mask(entry, size[::-1]) if entry.label and entry.mask else None
+        rows[-1]["score"] = result.score
         if not entry.label:
-            row["fp_area"] = float((result.map > threshold).mean())
+            rows[-1]["fp_area"] = float((result.map > threshold).mean())
         elif mask is None or not mask.any():
             excluded["no mask (pixels)" if mask is None else "empty mask (pixels)"] += 1
         else:
             for name, map in ({"model": result.map} | baselines(opener(entry))).items():
                 map = resize_map(torch.as_tensor(map), mask.shape).numpy()
                 pixels[name].append(pixel_scores(map, mask, threshold))
-            row |= pixels["model"][-1]
+            rows[-1] |= pixels["model"][-1]
             excluded["no genuine pixel (pixel_auc)"] += int(mask.all())
-    scores, labels = zip(*[(row["score"], row["label"]) for row in rows if "score" in row]) or ((), ())
+    scores, labels = ([row[key] for row in rows if "score" in row] for key in ("score", "label"))
     summary = {"n": len(labels), "n_manipulated": sum(labels), "n_genuine": len(labels) - sum(labels),
                "n_masks": len(pixels["model"]), "excluded": dict(+excluded), "threshold": threshold,
                **pixel_summary(pixels["model"]), **image_summary(scores, labels, threshold)}
@@ -395,34 +376,27 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
     return summary, rows
 
 
-def table(name, summary):
-    """The summary of one set as lines of text, the baselines beside."""
-    s, columns = summary, {"model": summary, **summary["baselines"]}
-    print(f"{name}: n {s['n']} ({s['n_manipulated']} manipulated, {s['n_masks']} of them with a mask, "
-          f"{s['n_genuine']} genuine), left out: {s['excluded'] or 'none'}, threshold {s['threshold']:g}")
-    print(" " * 20 + "".join(f"{column:>10}" for column in columns))
-    for metric in [key for key in s if key.startswith(("pixel", "image", "comb", "fp"))]:
-        values = [each.get(metric, "") for each in columns.values()]
-        values = [f"{v:.3f}" if isinstance(v, float) else "null" if v is None else v for v in values]
-        oracle = "  (oracle threshold)" if "best" in metric else ""
-        print(f"{metric:20}" + "".join(f"{value:>10}" for value in values) + oracle)
-
-
-ATTACKS = {"jpeg": (100, 90, 80, 70, 60, 50), "blur": (3, 7, 11, 15, 19, 23), "noise": (3, 7, 11, 15, 19, 23)}
+def print_table(name, summary):
+    """One set's summary on the screen, the baselines beside."""
+    s, columns = summary, {"model": summary} | summary["baselines"]
+    print(f"\n{name}: n {s['n']} ({s['n_manipulated']} manipulated, {s['n_masks']} with a mask), left "
+          f"out: {s['excluded'] or 'none'}, threshold {s['threshold']:g}\n{'':20}"
+          + "".join(f"{column:>10}" for column in columns))
+    for metric in [key for key in s if "_" in key and key[:2] != "n_"]:
+        shown = [f"{value:.3f}" if isinstance(value, float) else "null" if metric in each else ""
+                 for each in columns.values() for value in [each.get(metric)]]
+        print(f"{metric:20}" + "".join(f"{text:>10}" for text in shown) + "  oracle" * ("best" in metric))
 
 
 def plot_robustness(path, rows):
-    """Draw pixel_f1 (red) and image_auc (blue), mean over the sets, for each attack of ATTACKS."""
-    image = Image.new("RGB", (960, 290), "white")
+    """Draw pixel_f1 (red) and image_auc (blue), 0 to 1, over the settings of ATTACKS; mean of sets."""
+    image = Image.new("RGB", (24 + 50 * len(ATTACKS), 260), "white")
     draw = ImageDraw.Draw(image)
-    for left, (kind, values) in zip((20, 335, 650), ATTACKS.items()):
-        draw.rectangle((left, 30, left + 290, 250), outline="grey")
-        draw.text((left, 10), f"{kind}: pixel_f1 red, image_auc blue, from 0 to 1", fill="black")
-        for metric, ink in (("pixel_f1", "#c22"), ("image_auc", "#22c")):
-            at = [mean(row[metric] for row in rows if row["attack"] == f"{kind}:{v}") for v in values]
-            draw.line([(left + 20 + 50 * i, 250 - 220 * (y or 0)) for i, y in enumerate(at)], ink, 3)
-        for i, value in enumerate(values):
-            draw.text((left + 14 + 50 * i, 258), str(value), fill="black")
+    for metric, ink in (("pixel_f1", "#c22"), ("image_auc", "#22c")):
+        for i, attack in enumerate(ATTACKS):
+            y = 230 - 220 * (mean(row[metric] for row in rows if row["attack"] == attack) or 0)
+            draw.text((12 + 50 * i, 240), attack, fill="black")
+            draw.rectangle((12 + 50 * i, y - 3, 52 + 50 * i, y + 3), fill=ink)
     image.save(path)
 
 
@@ -447,24 +421,26 @@ def overlay(picture, result, heat):
     canvas = Image.composite(colour(heat), picture, heat.point([round(0.7 * v) for v in range(256)]))
     blur = Image.fromarray(result.mask).convert("L").filter(ImageFilter.BoxBlur(max(W, H) // 500 + 1))
     canvas.paste((255, 255, 255), mask=blur.point([255 * (0 < v < 255) for v in range(256)]))
-    s = max(16, min(H // 16, W // 24))                                       # height of the legend
-    if W >= 16 * s and H >= 3 * s:
-        draw, font, bar = ImageDraw.Draw(canvas), ImageFont.load_default(0.6 * s), W // 4
+    if W >= 160 and H >= 80:
+        text = f"{result.decision}   score {result.score:.2f}   threshold {result.threshold:.2f}"
+        s, bar, draw = max(14, min(W, H) // 20), W // 5, ImageDraw.Draw(canvas)
+        fitting = (W - bar - 2 * s) / ImageFont.load_default(100).getlength(text) * 100
+        font = ImageFont.load_default(min(0.7 * s, fitting))
         draw.rectangle((0, H - s, W, H), fill="black")
-        canvas.paste(colour(Image.linear_gradient("L").rotate(90).resize((bar, s // 2))), (s, H - s * 3 // 4))
-        x = s + round(result.threshold * bar)
+        scale = Image.linear_gradient("L").rotate(90).resize((bar, s // 2))
+        canvas.paste(colour(scale), (s // 2, H - s * 3 // 4))
+        x = s // 2 + round(result.threshold * bar)
         draw.line((x, H - s, x, H), fill="white", width=s // 12 + 1)
-        draw.text((bar + 2 * s, H - s * 7 // 8), f"{result.decision}   score {result.score:.2f}   "
-                  f"threshold {result.threshold:.2f}", fill="white", font=font)
+        draw.text((bar + s, H - s // 2), text, fill="white", font=font, anchor="lm")
     return canvas
 
 
 REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title><style>
-body{font:15px sans-serif;margin:1.5em;background:#f4f4f2}main{display:flex;flex-wrap:wrap;gap:1em}
+body{font:15px sans-serif;background:#f4f4f2}main{display:flex;flex-wrap:wrap;gap:1em;align-items:start}
 figure{margin:0;padding:.6em;background:#fff;width:320px;overflow-wrap:anywhere}div{position:relative}
-img{width:100%;display:block}img+img{position:absolute;top:0;opacity:var(--o,1)}b.manipulated{color:#b3261e}
-</style><h1>SAPL report</h1><p><label>picture <input type="range" min="0" max="1" step=".01" value="1"
-oninput="document.body.style.setProperty('--o',this.value)"> overlay</label> &nbsp; sort by
+img{width:100%;display:block}img+img{position:absolute;top:0;opacity:var(--o,1)}.manipulated{color:#b3261e}
+</style><h1>SAPL report</h1><p>picture <input type="range" min="0" max="1" step=".01" value="1"
+oninput="document.body.style.setProperty('--o',this.value)"> overlay, sort by
 <button onclick="sort('score',-1)">score</button> <button onclick="sort('path',1)">path</button>
 <script>function sort(key,sign){const value=f=>key=='score'?+f.dataset.score:f.dataset.path;
 [...document.querySelectorAll('figure')].sort((a,b)=>sign*(value(a)>value(b)?1:-1))
@@ -481,56 +457,33 @@ def thumbnail(image):
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-class Output:
-    """The folder of --out; each picture is written as it comes, so that an interruption keeps it."""
-
-    def __init__(self, folder, append):
-        self.folder, table, self.done = Path(folder), Path(folder) / "results.csv", set()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if append and table.exists():
-            with open(table, newline="", encoding="utf-8") as file:
-                self.done = {row["path"] for row in csv.DictReader(file) if not row["error"]}
-        mode = "a" if self.done else "w"
-        self.csv = open(table, mode, newline="", encoding="utf-8")
-        self.report = open(self.folder / "report.html", mode, encoding="utf-8")
-        self.rows = csv.DictWriter(self.csv, FIELDS)
-        if not self.done:
-            self.rows.writeheader()
-            self.report.write(REPORT)
-
-    def write(self, row, name, result, opener):
-        """row: of results.csv. name: of its images, relative, without suffix. result: Result or error."""
-        path, score, shown = html.escape(row["path"]), row["score"], html.escape(row["error"])
-        if isinstance(result, Result):
-            picture, heat = opener(row["path"]), Image.fromarray((255 * result.map).round().astype(np.uint8))
-            images = {"map": heat, "mask": Image.fromarray(result.mask).convert("L"),
-                      "overlay": overlay(picture, result, heat)}
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            for kind, image in images.items():
-                image.save(self.folder / f"{name}_{kind}.png", compress_level=1)
-            shown = (f'<div>{thumbnail(picture)}{thumbnail(images["overlay"])}</div>{path}<br>'
-                     f'<b class="{row["decision"]}">{row["decision"]}</b> {score:.3f}, area {row["area"]:.1%}')
-        self.report.write(f'<figure data-score="{score}" data-path="{path}">{shown}</figure>\n')
-        self.rows.writerow(row)
-        self.report.flush(), self.csv.flush()
+def show(folder, name, path, result):
+    """Write a picture's map, mask and overlay below the folder -> its HTML for the report."""
+    picture, heat = open_picture(path), Image.fromarray((255 * result.map + 0.5).astype(np.uint8))
+    images = {"map": heat, "mask": Image.fromarray(result.mask).convert("L"),
+              "overlay": overlay(picture, result, heat)}
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    for kind, image in images.items():
+        image.save(folder / f"{name}_{kind}.png", compress_level=1)
+    return (f'<div>{thumbnail(picture)}{thumbnail(images["overlay"])}</div><b class={result.decision}>'
+            f"{result.decision}</b> {result.score:.3f}, area {result.area:.1%}<br>")
 
 
-# -------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------- command line
 
 def collect(arguments, out):
     """Files, folders, globs, "-" -> {where its images go: path}; ValueError if there is nothing.
 
     Below a folder its structure is kept; a name that is taken gets a number.
     """
-    found, names, out = [], {}, out and Path(out).resolve()
+    found, names, out = [], {}, Path(out or os.devnull).resolve()
     lines = [line for a in arguments for line in (sys.stdin.read().splitlines() if a == "-" else [a])]
-    for path in map(Path, lines):
-        if path.is_dir():
-            found += [(p, p.relative_to(path)) for p in sorted(path.rglob("*")) if p.name[0] != "."
-                      and p.suffix.lower() in data.EXTENSIONS and out not in p.resolve().parents]
-        else:
-            several = [] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True))
-            found += [(p, Path(p.name)) for p in map(Path, several or [path])]
+    for line in lines:
+        there = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
+        for path in map(Path, there or [line]):
+            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
+                      and p.name[0] != "." and out not in p.resolve().parents]
+            found += [(p, p.relative_to(path)) for p in inside] if path.is_dir() else [(path, Path(path.name))]
     if not any(os.path.lexists(path) for path, _ in found):
         raise ValueError(f"no pictures at {' '.join(arguments)}: name files, folders or a glob")
     for i, (path, relative) in enumerate(found):
@@ -542,20 +495,20 @@ def collect(arguments, out):
 def parse(arguments=None):
     """The command line. Exits with status 2 on what it does not know."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("paths", nargs="*", help="pictures: files, folders, globs, - for a list on standard input")
     add("--checkpoint", help="file that train.py wrote; default: the shipped weights/tiny.pt")
     add("--out", help="folder for maps, masks, overlays, results.csv, report.html, metrics.json")
     add("--threshold", type=float, help="of map and score; default: the checkpoint's, 0.5 in --evaluate")
-    add("--json", action=switch, default=False, help="print one JSON object a line")
+    add("--json", **switch, help="print one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--bf16", action=switch, default=False, help="compute in bfloat16, for GPUs")
-    add("--raw", action=switch, default=False, help="the map before regions are closed and filled")
-    add("--tiles", action=switch, default=False, help="refine large pictures at their own resolution")
-    add("--skip-existing", action=switch, default=False, help="leave out what results.csv has already")
-    add("--evaluate", nargs="+", default=[], metavar="SET", help="labelled folders or lists to measure on")
+    add("--bf16", **switch, help="compute in bfloat16, for GPUs")
+    add("--raw", **switch, help="the map before regions are closed and filled")
+    add("--tiles", **switch, help="refine large pictures at their own resolution")
+    add("--skip-existing", **switch, help="leave out pictures whose images are in --out already")
+    add("--evaluate", nargs="+", default=[], metavar="SET", help="labelled folders or lists to measure")
     add("--attack", help="in --evaluate, first apply jpeg:QUALITY, blur:KERNEL or noise:VARIANCE")
-    add("--robustness", action=switch, default=False, help="in --evaluate, apply the whole grid of attacks")
+    add("--robustness", **switch, help="in --evaluate, apply the whole grid of attacks")
     args = parser.parse_args(arguments)
     if bool(args.paths) == bool(args.evaluate):
         parser.error("name pictures, or --evaluate SET")
@@ -565,61 +518,76 @@ def parse(arguments=None):
 def write_csv(path, rows):
     """Dicts of plain values -> CSV file, the columns in order of appearance."""
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        names = dict.fromkeys(key for row in rows for key in row if key not in ("at", "baselines"))
+        writer = csv.DictWriter(file, list(names), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def run_evaluation(model, args):
-    """`--evaluate`: tables, and with --out metrics.json, per_image.csv and robustness.csv, .png."""
-    summaries, images, settings = {}, [], []
-    attacks = [f"{kind}:{v}" for kind in ATTACKS for v in ATTACKS[kind]] if args.robustness else []
+    """`--evaluate`: tables, and with --out metrics.json, per_image.csv, robustness.csv and .png."""
+    summaries, images, grid, out = {}, [], [], Path(args.out or ".")
     for name in args.evaluate:
         pictures, _ = data.read_set(name)
-        for attack in [args.attack, *attacks]:
+        for attack in [args.attack, *ATTACKS * args.robustness]:
             summary, rows = evaluate(model, pictures, threshold=args.threshold or 0.5, attack=attack,
                                      raw=args.raw, tiles=args.tiles)
-            table(f"{name} {attack or ''}", summary)
-            settings.append({"set": name, "attack": attack or "none"} | {
-                key: value for key, value in summary.items() if key not in ("baselines", "excluded")})
+            print_table(f"{name} {attack or ''}", summary)
+            grid.append({"set": name, "attack": attack or "none"} | summary)
             if attack == args.attack:
                 summaries[name] = summary
-                images += [{"set": name} | {k: v for k, v in row.items() if k != "at"} for row in rows]
-    print(f"comb_f1, mean over {len(summaries)} sets: {mean(s['comb_f1'] for s in summaries.values())}")
+                images += [{"set": name} | row for row in rows]
+    print(f"\ncomb_f1, mean over {len(summaries)} sets: {mean(s['comb_f1'] for s in summaries.values())}")
     if args.out:
-        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
         write_csv(out / "per_image.csv", images)
         if args.robustness:
-            write_csv(out / "robustness.csv", settings)
-            plot_robustness(out / "robustness.png", settings)
-    return int(any("no answer" in s["excluded"] for s in summaries.values()))
+            write_csv(out / "robustness.csv", grid)
+            plot_robustness(out / "robustness.png", grid)
+    return int(any("unreadable" in summary["excluded"] for summary in summaries.values()))
 
 
 def run_pictures(model, args):
     """Print, and with --out write, the answer for every picture -> exit status 0 or 1."""
-    names, failed, start = collect(args.paths, args.out), 0, time.perf_counter()
-    output = Output(args.out, args.skip_existing) if args.out else None
-    names = {n: path for n, path in names.items() if not output or str(path) not in output.done}
-    answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
-    for i, (name, (path, result, size, seconds)) in enumerate(zip(names, answers), start=1):
-        row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
-        if isinstance(result, Result):
-            row |= {key: getattr(result, key) for key in ("score", "decision", "threshold", "area")}
-            row |= {"height": size[0], "width": size[1]}
-            line = f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}"
-        else:
-            failed, row["error"], line = 1, str(result), None
-            print(f"error: {result}", file=sys.stderr)
-        if output:
-            output.write(row, name, result, open_picture)
-        if args.json or line:
-            print(json.dumps({k: v for k, v in row.items() if v != ""}) if args.json else line, flush=True)
-        if sys.stderr.isatty() and len(names) > 20:
-            rate = i / (time.perf_counter() - start)
-            print(f"\r{i}/{len(names)}  {rate:.1f} pictures/s  {(len(names) - i) / rate:.0f} s left ",
-                  end="", file=sys.stderr)
+    names, folder, failed, start = collect(args.paths, args.out), Path(args.out or os.devnull), 0, time.time()
+    if args.skip_existing:
+        names = {n: path for n, path in names.items() if not (folder / f"{n}_overlay.png").exists()}
+    with contextlib.ExitStack() as stack:
+        if args.out:
+            folder.mkdir(parents=True, exist_ok=True)
+            mode = "a" if args.skip_existing else "w"
+            table, report = (stack.enter_context(open(folder / file, mode, newline="", encoding="utf-8"))
+                             for file in ("results.csv", "report.html"))
+            if not table.tell():
+                csv.writer(table).writerow(FIELDS)
+                report.write(REPORT)
+        answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
+        for i, (name, (path, result, seconds)) in enumerate(zip(names, answers), start=1):
+            row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
+            if isinstance(result, Exception):
+                failed, row["error"], shown = 1, str(result), html.escape(str(result))
+                print(f"error: {result}", file=sys.stderr)
+            else:
+                row |= {key: value for key, value in result._asdict().items() if key in FIELDS}
+                row["height"], row["width"] = result.map.shape
+                with Image.open(path) as file:
+                    if getattr(file, "n_frames", 1) > 1:
+                        print(f"note: {path}: first of {file.n_frames} frames", file=sys.stderr)
+                shown = show(folder, name, path, result) if args.out else ""
+            if args.out:
+                csv.DictWriter(table, FIELDS).writerow(row)
+                report.write(f'<figure data-score="{row["score"]}" data-path="{html.escape(str(path))}">'
+                             f"{shown}{html.escape(str(path))}</figure>\n")
+                table.flush(), report.flush()
+            if args.json:
+                print(json.dumps(row), flush=True)
+            elif not row["error"]:
+                print(f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
+            if sys.stderr.isatty() and len(names) > 20:
+                rate = i / (time.time() - start)
+                print(f"{i}/{len(names)}  {rate:.1f} pictures/s  {(len(names) - i) / rate:.0f} s left  ",
+                      end="\r", file=sys.stderr)
     return failed
 
 
