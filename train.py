@@ -131,7 +131,8 @@ class Tolerant(Dataset):
             except data.BadPicture as error:
                 bad.append(str(error))
                 if len(bad) > self.limit:
-                    raise
+                    raise data.BadPicture(f"{len(bad)} unreadable pictures, --bad-limit is {self.limit}: look "
+                                          f"at the data, or raise it; the last: {error}") from error
                 index = (index + 2) % len(self.dataset)       # by 2: synthetic pairs alternate
 
 
@@ -152,7 +153,7 @@ def make_sets(config):
     if bool(config.data) == bool(config.synthesize):
         raise ValueError("found both or none of --data and --synthesize: name one of them")
     if config.data:
-        pictures = [p for p in data.read_set(config.data)[0] if p.label is not None]
+        pictures = [p for p in data.read_set(config.data, masks=False)[0] if p.label is not None]
     else:
         pictures = [data.Picture(p, 0, source=p.stem) for p in sorted(Path(config.synthesize).rglob("*"))
                     if p.suffix.lower() in data.EXTENSIONS]
@@ -303,8 +304,8 @@ class Run:
             infer.save_checkpoint(path, model, settings=vars(self.config), **state)
         except (OSError, RuntimeError) as error:
             path.with_name(name + ".part").unlink(missing_ok=True)
-            raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); the last good one is kept, "
-                          f"{last_checkpoint(path.parent)}: make room, then --resume") from error
+            raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); the last good one is kept "
+                          f"({last_checkpoint(path.parent)}): make room, then --resume") from error
 
 
 # --------------------------------------------------------------------- validation, log, curves
@@ -400,8 +401,8 @@ def train_step(run, objective, pictures, done):
         dist.all_reduce(total)
     *values, stop = (total / world).tolist()
     if len(now["bad"]) > config.bad_limit:
-        raise ValueError(f"found {len(now['bad'])} unreadable pictures, --bad-limit is {config.bad_limit}: look "
-                         "with `python data.py FOLDER`, or raise the limit")
+        raise ValueError(f"{len(now['bad'])} unreadable pictures, --bad-limit is {config.bad_limit}: look at "
+                         "the data with `python data.py FOLDER`, or raise it")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch {now['epoch'] + 1}, step "
                          f"{now['step'] + 1}, pictures {indices}: lower --lr or look at them; the last good "

@@ -1,0 +1,388 @@
+"""Training: what is learned, that nothing is lost, that several processes are one."""
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import data
+import infer
+import train
+from train import Config
+
+ROOT = Path(train.__file__).parent
+
+
+def draw(path, manipulated, rng):
+    """A smooth picture with a gradient; the manipulated ones get a noisy square."""
+    base = np.linspace(rng.integers(40, 90), rng.integers(130, 220), 72)[:, None, None].repeat(72, 1).repeat(3, 2)
+    base += rng.normal(0, 2, base.shape)
+    if manipulated:
+        y, x = rng.integers(0, 40, 2)
+        base[y:y + 30, x:x + 30] += rng.normal(0, 40, (30, 30, 3))
+    Image.fromarray(base.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set of 24 + 24 pictures, and a miniature CLIP as a plain state dict."""
+    import clip
+    root, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
+    for name, label in (("au", 0), ("tp", 1)):
+        (root / "set" / name).mkdir(parents=True)
+        for i in range(24):
+            draw(root / "set" / name / f"{name}{i}.jpg", label, rng)
+    torch.manual_seed(0)
+    model = clip.CLIP(embed_dim=48, image_resolution=64, vision_layers=2, vision_width=64, vision_patch_size=16,
+                      context_length=77, vocab_size=514, transformer_width=64, transformer_layers=2)
+    torch.save(model.state_dict(), root / "mini.pt")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other where the machine is busy; these models are too small for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(place, out, **changes):
+    return Config(**{"data": str(place / "set"), "clip": str(place / "mini.pt"), "out": str(place / out),
+                     "size": 64, "batch": 8, "epochs": 2, "workers": 0, "val": 0.25, "lr": 2e-3,
+                     "hecl_queue": 40, "device": "cpu", "tune": "lora", **changes})
+
+
+def state(config, name="last.pt"):
+    return infer.load_checkpoint(Path(config.out, name))
+
+
+def same(a, b, skip=("config", "settings", "history")):
+    """Are two checkpoints equal, bit for bit, but for times and folders?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], skip) for k in a if k not in skip)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    """An undisturbed run of 2 epochs: its settings."""
+    config = settings(place, "reference", ema=0.9)
+    train.train(config)
+    return config
+
+
+# ------------------------------------------------------------------------------- what is learned
+
+def test_lora_and_ecpl_learn_and_nothing_else(place):
+    config = settings(place, "lora", weight_decay=0.0, epochs=1)
+    torch.manual_seed(config.seed)
+    before = train.make_model(config).state_dict()
+    train.train(config)
+    after = infer.SAPL.load(Path(config.out, "last.pt"), "cpu", merge=False).state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    ours = {key for key in before if not infer.is_backbone(key)}
+    assert any("parametrizations" in key for key in ours)                # LoRA is there
+    assert moved == ours
+
+
+def test_tune_none_and_full(place):
+    for tune, backbone in (("none", False), ("full", True)):
+        model = train.make_model(settings(place, "-", tune=tune))
+        groups = train.Run(settings(place, "-", tune=tune, lr_clip=1e-5), None, torch.device("cpu")).groups()
+        assert any(p.requires_grad for k, p in model.named_parameters() if infer.is_backbone(k)) == backbone
+        assert {group["lr"] for group in groups} == ({2e-3, 1e-5} if backbone else {2e-3})
+        assert all((group["weight_decay"] > 0) == (p.ndim > 1) for group in groups for p in group["params"])
+
+
+def test_threshold_is_calibrated_on_genuine_pictures(reference):
+    """At most 5 % of the pixels of genuine validation pictures are flagged, and not far fewer."""
+    model = infer.SAPL.load(Path(reference.out, "best.pt"), "cpu")
+    flagged = np.mean([model.localize(path).mask.mean() for path in train.make_sets(reference)[2]])
+    assert 0.02 < flagged < 0.055
+
+
+def test_unreadable_masks_change_nothing(place, reference):
+    shutil.copytree(place / "set", place / "masked")
+    (place / "masked" / "mask").mkdir()
+    for path in (place / "masked" / "tp").iterdir():
+        (place / "masked" / "mask" / f"{path.stem}.png").write_bytes(b"no picture")
+    config = settings(place, "blind", ema=0.9, data=str(place / "masked"))
+    train.train(config)
+    assert same(state(config)["model"], state(reference)["model"])
+
+
+def test_mosaics_keep_cells_apart():
+    image = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 4, 6)
+    tiled = train.tile(image, 2)                                                  # (2, 3, 8, 12)
+    assert tiled.shape == (2, 3, 8, 12)
+    assert tiled[1, 0, ::4, ::6].tolist() == [[4, 5], [6, 7]]
+    patches = tiled[:, 0, ::2, ::2].flatten(1)                                    # cells of 2 x 3 patches
+    assert torch.equal(train.untile(patches, 2, 2, 3), image[:, 0, ::2, ::2].flatten(1))
+    assert torch.equal(train.untile(patches[..., None].expand(-1, -1, 5), 2, 2, 3)[..., 4],
+                       image[:, 0, ::2, ::2].flatten(1))
+
+
+def test_parts_and_recomputation_change_nothing(place):
+    """Without HECL, whose contrast needs the whole batch, the gradients are the same."""
+    plain, parts = (settings(place, out, hecl=0.0, epochs=1, **more) for out, more in (
+        ("whole", {}), ("parts", {"accumulate": 2, "recompute": True})))
+    for config in (plain, parts):
+        train.train(config)
+    a, b = state(plain)["model"], state(parts)["model"]
+    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+
+
+def test_start_from_a_checkpoint(place, reference):
+    config = settings(place, "-", init=str(Path(reference.out, "best.pt")), tune="full")
+    start, old = train.make_model(config).eval(), infer.SAPL.load(config.init, "cpu")
+    image = torch.rand(2, 3, 64, 64)
+    assert torch.allclose(start(image).logits, old(image).logits, atol=1e-5)
+    assert start.config["size"] == 64 and all(p.requires_grad for p in start.clip.parameters())
+
+
+# --------------------------------------------------------------------------- order and selection
+
+def test_batches():
+    labels, config = [0] * 30 + [1] * 20, Config(batch=10, seed=3)
+    plan = train.batches(labels, 50, config, epoch=1)
+    assert sorted(plan.ravel().tolist()) == list(range(50))
+    assert all(Counter(labels[i] for i in row)[1] == 4 for row in plan)           # the share of the whole
+    assert np.array_equal(plan, train.batches(labels, 50, config, epoch=1))
+    assert not np.array_equal(plan, train.batches(labels, 50, config, epoch=2))
+    for row in train.batches(None, 44, config, epoch=0):                          # pairs stay together
+        assert {i ^ 1 for i in row} == set(row)
+
+
+def test_validation_part_shares_nothing(place):
+    training, validation, genuine = train.make_sets(settings(place, "-"))
+    a, b = (Counter(photo.tobytes() for photo in part.photos) for part in (training, validation))
+    assert not a & b and len(a | b) == 48 and len(genuine) == validation.labels.count(0)
+    assert set(training.labels) == set(validation.labels) == {0, 1}
+
+
+def test_best_is_the_best_epoch_by_labels(reference):
+    history = state(reference)["now"]["history"]
+    best = max(history, key=lambda row: (row["val_auc"], -row["val_loss"]))
+    assert state(reference, "best.pt")["metrics"] == best
+    lines = Path(reference.out, "log.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("epoch,loss,bce,hecl,val_loss,val_auc")
+    with Image.open(Path(reference.out, "curves.png")) as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(10000)}
+        assert {(0, 0, 255), (255, 0, 0), (0, 128, 0)} <= colors                  # the lines are there
+
+
+def test_schedule():
+    values = [train.schedule(done, 0.1) for done in (0.05, 0.1, 0.55, 1.0)]
+    assert np.allclose(values, [0.5, 1, 0.5, 0])
+    assert train.schedule(0.5, 0.0) == 0.5
+
+
+def test_collapse_is_said(place, capsys):
+    row = {"epoch": 1, "bce": 0.7, "hecl": 0.0, "val_loss": 0.7, "val_auc": 0.5, "map_genuine": 0.1,
+           "map_manipulated": 0.1, "map_low": 0.1, "map_high": 0.3}
+    for low, high, word in ((0.1, 0.3, "all 0"), (0.6, 0.9, "all 1"), (0.1, 0.9, "")):
+        train.log(row | {"map_low": low, "map_high": high}, [row], place)
+        assert word in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ nothing gets lost
+
+def interrupted(config, disturb, monkeypatch, limit=30):
+    """Train with --resume until it ends; `disturb` may stop each attempt. Returns how many it took."""
+    for attempt in range(1, limit):
+        with monkeypatch.context() as patch:
+            disturb(patch, attempt)
+            try:
+                train.train(config)
+                return attempt
+            except (SystemExit, Killed):
+                pass
+    raise AssertionError("never ends")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_and_resumed_is_the_same_run(place, reference, monkeypatch, number, code):
+    config, real, steps = settings(place, f"stopped{code}", ema=0.9, resume=True), train.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) % 3 == 0:                              # steps 3, 6, 9: amid and between epochs
+            signal.raise_signal(number)
+        return real(*arguments)
+
+    def disturb(patch, attempt):
+        patch.setattr(train, "train_step", step)
+
+    attempts = interrupted(config, disturb, monkeypatch)
+    assert attempts == 3 and len(steps) == 8                 # no step is done twice
+    assert same(state(config), state(reference))
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    monkeypatch.setattr(train, "train_step", lambda *a: [signal.raise_signal(number), real(*a)][1])
+    with pytest.raises(SystemExit) as stop:
+        train.train(settings(place, f"code{code}"))
+    assert stop.value.code == code
+
+
+def test_killed_at_any_moment_of_a_save(place, reference, monkeypatch):
+    """Every call that touches the disk while saving is, in turn, the last one of the process."""
+    config, count = settings(place, "killed", ema=0.9, resume=True, save_every=0.0), [0]
+
+    def disturb(patch, attempt):
+        count[0] = 0
+        for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+            def call(*arguments, real=getattr(module, name), **more):
+                count[0] += 1
+                if count[0] == attempt:
+                    raise Killed
+                return real(*arguments, **more)
+            patch.setattr(module, name, call)
+
+    interrupted(config, disturb, monkeypatch, limit=60)
+    assert same(state(config), state(reference))
+
+
+def test_kill_minus_nine(place, reference):
+    """The real thing, once: SIGKILL while the command writes a checkpoint after every step."""
+    out = place / "kill9"
+    command = [sys.executable, "train.py", "--out", str(out), "--resume"]
+    for key in ("data", "clip", "size", "batch", "workers", "val", "lr", "hecl_queue", "device", "ema"):
+        command += ["--" + key.replace("_", "-"), str(getattr(reference, key))]
+    process = subprocess.Popen(command + ["--epochs", "200", "--save-every", "0"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("epoch 2"):
+            break
+    process.kill()
+    process.communicate()
+    found = infer.load_checkpoint(train.last_checkpoint(out))
+    assert found["now"]["epoch"] >= 1 and len(found["now"]["history"]) == found["now"]["epoch"]
+
+
+def test_full_disk_keeps_the_last_good(place, monkeypatch, capsys):
+    config, real, calls = settings(place, "full"), torch.save, []
+
+    def save(entries, file):
+        calls.append(1)
+        if len(calls) > 2:                                   # best.pt and last.pt of epoch 1 are written
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        real(entries, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left on device.*last good.*last.pt.*--resume"):
+        train.train(config)
+    assert state(config)["now"]["epoch"] == 1 and not list(Path(config.out).glob("*.part"))
+
+
+def test_nonfinite_loss_stops_and_names_the_batch(place):
+    config = settings(place, "nan", lr=1e30, warmup=0.5, epochs=2, save_every=0.0)
+    with pytest.raises(ValueError, match=r"epoch 1, step \d, pictures \[\d+, .*lower --lr.*last.pt"):
+        train.train(config)
+    assert all(value.isfinite().all() for value in state(config)["mean"].values())
+    assert state(config)["now"]["step"] >= 1
+
+
+def test_bad_pictures_are_named_counted_and_limited(place, capsys):
+    shutil.copytree(place / "set", place / "bad")
+    for i in range(4):                                       # whole headers, half the data
+        path = place / "bad" / "au" / f"au{i}.jpg"
+        path.write_bytes(path.read_bytes()[:700])
+    config = settings(place, "bad_run", data=str(place / "bad"), epochs=1)
+    paths = [str(photo) for photo in train.make_sets(config)[0].photos if not isinstance(photo, np.ndarray)]
+    train.train(config)
+    named, expected = capsys.readouterr().err, {Path(path).name for path in paths}
+    assert expected and all(named.count(name) == 1 for name in expected)
+    assert len(state(config)["now"]["bad"]) == len(expected)
+    with pytest.raises(ValueError, match="unreadable pictures, --bad-limit is 0"):
+        train.train(settings(place, "limit", data=str(place / "bad"), epochs=1, bad_limit=0))
+
+
+def test_resume_keeps_its_settings(reference):
+    other = {**vars(reference), "resume": True}
+    with pytest.raises(ValueError, match="--lr 0.5"):
+        train.resumed(Config(**{**other, "lr": 0.5}))
+    config, found = train.resumed(Config(out=reference.out, resume=True, workers=3))
+    assert (config.lr, config.workers, found["now"]["epoch"]) == (reference.lr, 3, 2)
+    with pytest.raises(ValueError, match="--resume"):
+        train.resumed(reference)
+
+
+# ------------------------------------------------------------------------------ several processes
+
+def test_two_processes_are_one(place, reference):
+    """The same global batch on two gloo processes: the same losses, queues and weights."""
+    config = settings(place, "two", ema=0.9)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def work(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
+                       "MASTER_ADDR": "127.0.0.1"}
+        train.train(config)
+        torch.distributed.destroy_process_group()
+
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = state(reference), state(config)
+    for a, b in zip(one["now"]["history"], two["now"]["history"]):
+        assert all(abs(a[key] - b[key]) < 1e-5 for key in ("loss", "bce", "hecl", "val_loss", "val_auc"))
+    assert all(torch.allclose(one["hecl"][key], two["hecl"][key], atol=1e-5) for key in one["hecl"])
+    assert all(torch.allclose(one["model"][key], two["model"][key], atol=1e-4) for key in one["model"])
+    assert one["hecl"]["queues.0.filled"] == 40                                   # full, so it has wrapped
+
+
+# ----------------------------------------------------------------------------------- command line
+
+def test_command_line_is_the_dataclass():
+    assert train.parse([]) == Config()
+    config = train.parse("--data X --levels 1 2 --no-augment --recompute --lr 1e-3 --class-words a b".split())
+    assert config == Config(data="X", levels=(1, 2), augment=False, recompute=True, lr=1e-3, class_words=("a", "b"))
+    for words in (["--dta", "X"], ["--dat", "X"], ["--batch", "many"], ["--precision", "fp8"]):
+        with pytest.raises(SystemExit) as stop:
+            train.parse(words)
+        assert stop.value.code == 2
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--hecl-tau" in text and "(default: 0.1)" in text and "--no-augment" in text
+
+
+@pytest.mark.parametrize("words, message", [
+    ("", "--data and --synthesize"), ("--data {0}/set --synthesize {0}/set", "--data and --synthesize"),
+    ("--data {0}/nowhere", "nowhere"), ("--data {0}/set/au", "both classes"), ("--synthesize {0}", "0 pictures"),
+    ("--data {0}/set --batch 500", "--batch is 500"), ("--data {0}/set --size 65", "65"),
+    ("--data {0}/set --levels 7", "blocks 1 to 2"), ("--data {0}/set --batch 9 --accumulate 2", "multiple"),
+    ("--data {0}/set --init {0}/mini.pt", "not a SAPL checkpoint"), ("--data {0}/set --clip nothing", "nothing")])
+def test_user_errors_are_one_line_and_status_2(place, capsys, words, message):
+    if words == "--synthesize {0}":
+        (place / "empty").mkdir(exist_ok=True)
+        words += "/empty"
+    base = ["--out", str(place / "wrong"), "--clip", str(place / "mini.pt"), "--workers", "0", "--size", "64"]
+    assert train.main(base + words.format(place).split()) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
