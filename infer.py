@@ -46,7 +46,7 @@ def save_checkpoint(path, model, **state):
     own = {key: tensors.pop(key) for key in list(tensors) if is_backbone(key)}
     for part in ("clip.", "parametrizations.", ".original"):            # what is left: OpenAI's names
         own = {key.replace(part, "", 1): value for key, value in own.items()}
-    if model.config["tune"] != "full" and model.clip.name in clip.OFFICIAL:
+    if model.config["tune"] != "full" and getattr(model.clip, "name", "") in clip.OFFICIAL:
         own = {"name": model.clip.name, "sha256": model.clip.sha256}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.part", "wb") as file:
@@ -67,7 +67,7 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = f"format {state['format']}"
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
         state, found = {}, f"{type(error).__name__} while reading it"
     if not {"config", "clip", "model", "threshold"} <= set(state) or state["format"] != 1:
         raise ValueError(f"{path} is not a SAPL checkpoint of format 1 ({found}): use a file that "
@@ -344,8 +344,11 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
         picture = data.open_image(entry.path)
         return data.attack(picture, attack) if attack else picture
 
-    rows, excluded, pixels = [], Counter(), defaultdict(list)
-    for entry, result, _ in stream(model, pictures, opener, raw, tiles):
+    if attack:
+        data.attack(Image.new("RGB", (8, 8)), attack)          # a wrong one stops here
+    labelled = [entry for entry in pictures if entry.label is not None]
+    rows, pixels, excluded = [], defaultdict(list), Counter({"no label": len(pictures) - len(labelled)})
+    for entry, result, _ in stream(model, labelled, opener, raw, tiles):
         rows.append({"path": str(entry.path), "label": entry.label})
         try:
             if isinstance(result, Exception):
@@ -353,7 +356,7 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
             mask = data.read_mask(entry) if entry.label and entry.mask else None
         except BAD as error:
             rows[-1]["error"] = str(error)
-            excluded["unreadable"] += 1
+            excluded["no answer"] += 1
             continue
         rows[-1]["score"] = result.score
         if not entry.label:
@@ -459,7 +462,8 @@ def thumbnail(image):
 
 def show(folder, name, path, result):
     """Write a picture's map, mask and overlay below the folder -> its HTML for the report."""
-    picture, heat = open_picture(path), Image.fromarray((255 * result.map + 0.5).astype(np.uint8))
+    picture, strips = open_picture(path), np.array_split(result.map, 64)        # spares memory
+    heat = Image.fromarray(np.concatenate([(255 * strip + 0.5).astype(np.uint8) for strip in strips]))
     images = {"map": heat, "mask": Image.fromarray(result.mask).convert("L"),
               "overlay": overlay(picture, result, heat)}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -482,7 +486,7 @@ def collect(arguments, out):
         there = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
         for path in map(Path, there or [line]):
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
-                      and p.name[0] != "." and out not in p.resolve().parents]
+                      and p.name[0] != "." and not p.is_dir() and out not in p.resolve().parents]
             found += [(p, p.relative_to(path)) for p in inside] if path.is_dir() else [(path, Path(path.name))]
     if not any(os.path.lexists(path) for path, _ in found):
         raise ValueError(f"no pictures at {' '.join(arguments)}: name files, folders or a glob")
@@ -528,10 +532,12 @@ def run_evaluation(model, args):
     """`--evaluate`: tables, and with --out metrics.json, per_image.csv, robustness.csv and .png."""
     summaries, images, grid, out = {}, [], [], Path(args.out or ".")
     for name in args.evaluate:
-        pictures, _ = data.read_set(name)
+        pictures, report = data.read_set(name)
+        bad = sum(problem.startswith("bad file") for problem in report.problems)
         for attack in [args.attack, *ATTACKS * args.robustness]:
             summary, rows = evaluate(model, pictures, threshold=args.threshold or 0.5, attack=attack,
                                      raw=args.raw, tiles=args.tiles)
+            summary["excluded"] |= {"unreadable": bad} if bad else {}
             print_table(f"{name} {attack or ''}", summary)
             grid.append({"set": name, "attack": attack or "none"} | summary)
             if attack == args.attack:
@@ -545,7 +551,7 @@ def run_evaluation(model, args):
         if args.robustness:
             write_csv(out / "robustness.csv", grid)
             plot_robustness(out / "robustness.png", grid)
-    return int(any("unreadable" in summary["excluded"] for summary in summaries.values()))
+    return int(any({"unreadable", "no answer"} & set(s["excluded"]) for s in summaries.values()))
 
 
 def run_pictures(model, args):
