@@ -91,10 +91,10 @@ def attack(image, spec):
     if not found:
         raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or "
                          "noise:VARIANCE with a number from 1 to 100, for example jpeg:70")
-    name, value = found[1], int(found[2])
-    if name == "jpeg":
+    value = int(found[2])
+    if found[1] == "jpeg":
         return jpeg(image, value, subsampling=2)
-    if name == "blur":
+    if found[1] == "blur":
         return image.filter(ImageFilter.GaussianBlur(0.3 * ((value - 1) / 2 - 1) + 0.8))
     return add_noise(image, value ** 0.5, np.random.default_rng(0))
 
@@ -118,21 +118,25 @@ class Report(NamedTuple):
     problems: list
 
 
-# Patterns of a path below the root, lower case, without extension. A mask and its picture match
-# the same groups. The first row that fits half of the files is taken.
+# How the end of a path below the root looks, in lower case, without extension. A mask and its
+# picture agree in the groups. The first row that fits half of the files is taken.
 LAYOUTS = {   # name: (genuine, manipulated, mask, scene)
-    "CASIA": (r"(.*/)?au_[^/]*", r"(?:.*/)?([st]p_[^/]*)", r"(?:.*/)?([st]p_[^/]*)_gt",
-              r"([a-z]{3})_?(\d{4,5})[^a-z]*$"),         # of two sources the last, the background
-    "Columbia": (r"(.*/)?4cam_auth/[^/]*", r"(?:.*/)?4cam_splc/([^/]*)",
-                 r"(?:.*/)?4cam_splc/edgemask/([^/]*)_edgemask", r"([^/]*)$"),
-    "COVERAGE": (r"(.*/)?image/\d+", r"(?:.*/)?image/(\d+)t", r"(?:.*/)?mask/(\d+)forged",
-                 r"(\d+)t?$"),
-    "DSO-1": (r"(.*/)?normal-\d+", r"(?:.*/)?(splicing-\d+)", r".*mask[^/]*/(splicing-\d+)",
-              r"([^/]*)$"),
-    "folders": (r"(.*/)?(au|authentic|genuine)/.*", r"(.*/)?(?:tp|sp|manipulated|tampered)/(.*)",
-                r"(.*/)?(?:masks?|gt|groundtruth)/(.*?)(?:_gt|_mask)?", r"([^/]*?)(?:_[of])?$"),
-    "IMD2020": (r".*/[^/]*_orig", r"(.*/[^/]*)", r"(.*/[^/]*)_mask", r"([^/]*)/[^/]*$"),
+    "CASIA": ("au_[^/]*", "([st]p_[^/]*)", "([st]p_[^/]*)_gt",
+              r"(?:.*_)?([a-z]{3})_?(\d{4,5})[^a-z/]*"),     # of two the last, the background
+    "Columbia": ("4cam_auth/[^/]*", "4cam_splc/([^/]*)", "4cam_splc/edgemask/(.*)_edgemask",
+                 "([^/]*)"),
+    "COVERAGE": (r"image/\d+", r"image/(\d+)t", r"mask/(\d+)forged", r"(\d+)t?"),
+    "DSO-1": (r"normal-\d+", r"(splicing-\d+)", r"[^/]*mask[^/]*/(splicing-\d+)", "([^/]*)"),
+    "folders": ("(?:au|authentic|genuine)/.*", "(.*/)?(?:tp|sp|manipulated|tampered)/(.*)",
+                "(.*/)?(?:masks?|gt|groundtruth)/(.*?)(?:_gt|_mask)?", "([^/]*?)(?:_[of])?"),
+    "IMD2020": ("[^/]*/[^/]*_orig", "([^/]*/[^/]*)", "([^/]*/[^/]*)_mask", "([^/]*)/[^/]*"),
 }
+
+
+def groups(pattern, name):
+    """What the groups of a LAYOUTS pattern match at the end of a path, or None."""
+    match = re.search(f"(?:^|/){pattern}$", name)
+    return match and match.groups()
 
 
 def read_folder(root):
@@ -141,30 +145,29 @@ def read_folder(root):
              and not any(part.startswith(".") for part in file.relative_to(root).parts)]
     names = {file: file.relative_to(root).with_suffix("").as_posix().lower() for file in files}
     for layout, patterns in LAYOUTS.items():
-        roles = {}                # file: (2 mask, 0 genuine or 1 manipulated; groups of its pattern)
-        for file in files:
-            matches = ((role, re.fullmatch(patterns[role], names[file])) for role in (2, 0, 1))
-            roles |= {file: (role, match.groups()) for role, match in [*matches][::-1] if match}
+        roles = {}                    # file: (0 genuine, 1 manipulated, 2 mask; groups); masks win
+        for role in (1, 0, 2):
+            found = {file: groups(patterns[role], name) for file, name in names.items()}
+            roles |= {file: (role, key) for file, key in found.items() if key is not None}
         count = Counter(role for role, _ in roles.values())
         if 2 * len(roles) >= len(files) > 0 and (layout != "IMD2020" or count[0] + count[2]):
             break
     else:
         return [Picture(file, None) for file in files], Report("no labels", 0, [])
     pictures, problems, first = [], [], {}
-    for file, role in roles.items():
-        if first.setdefault(role, file) != file and role[0]:
-            kind = "duplicate, not used" if role[0] == 2 else "duplicate, both used"
-            problems.append(f"{kind}: {file} beside {first[role]}")
-    for file, (role, key) in roles.items():
+    for file in sorted(roles):
+        if first.setdefault(roles[file], file) != file and roles[file][0]:
+            kind = "duplicate, not used" if roles[file][0] == 2 else "duplicate, both used"
+            problems.append(f"{kind}: {file} beside {first[roles[file]]}")
+    for file, (role, key) in sorted(roles.items()):
         mask = first.get((2, key)) if role == 1 else None
         if role == 2 and (1, key) not in first:
             problems.append(f"mask without picture: {file}")
         if role == 1 and count[2] and not mask:
             problems.append(f"no mask: {file}")
         if role < 2:
-            scene = re.search(patterns[3], names[file])
-            source = "".join(scene.groups()) if scene else names[file]
-            pictures.append(Picture(file, role, mask, source, layout))
+            scene = "".join(groups(patterns[3], names[file]) or names[file])
+            pictures.append(Picture(file, role, mask, scene, layout))
     return pictures, Report(layout, len(files) - len(roles), problems)
 
 
@@ -176,23 +179,24 @@ def read_list(file):
     try:
         if file.suffix.lower() == ".json":
             rows = json.loads(text)
-            rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()] if isinstance(
-                rows, dict) else [(image, mask, mask != "Negative") for image, mask in rows]
+            if isinstance(rows, dict):
+                rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()]
+            else:
+                rows = [(image, mask, mask != "Negative") for image, mask in rows]
         elif file.suffix.lower() == ".csv":
             rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(lines)]
         else:
             rows = [line.split("\t") if "\t" in line else line.rsplit(maxsplit=2) for line in lines]
-        rows = [(file.parent / image, mask, [0, 1].index(int(label))) for image, mask, label in rows]
+        rows = [(file.parent / path, mask, [0, 1].index(int(label))) for path, mask, label in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"found {file}, which cannot be read ({error!r}), expected CSV with the "
-                         "header image,label,mask, text lines 'image mask label', or JSON") from None
+                         "header image,label,mask, text 'image mask label', or JSON") from None
     pictures, problems = {}, []
     for path, mask, label in rows:
         if path in pictures:
             problems.append(f"duplicate, used once: {path}")
         mask = file.parent / mask if label and mask not in (None, "", "None", "Negative") else None
-        scene = re.search(LAYOUTS["folders"][3], path.stem.lower())[1]
-        pictures.setdefault(path, Picture(path, label, mask, scene))
+        pictures.setdefault(path, Picture(path, label, mask, path.stem.lower()))
     return list(pictures.values()), Report("list", 0, problems)
 
 
@@ -420,10 +424,10 @@ def synthesize(photo, donor, rng, kind=None):
 
 
 def degrade(image, rng, size=None):
-    """Rescale, blur, noise and JPEG, each sometimes -> (uint8 image, words); alike for both classes.
+    """Rescale, blur, noise and JPEG, each sometimes -> (uint8 image, words). Source: ours.
 
     image (H, W, 3) uint8; size (W, H) of the result, by default the image's times 0.5-1.25.
-    Equal sizes and equal states of rng give two pictures exactly the same treatment. Source: ours.
+    Equal sizes and equal states of rng give two pictures exactly the same treatment.
     """
     image, words = Image.fromarray(image), []
     scale, sampling = rng.uniform(0.5, 1.25), rng.choice([1, 2, 3])      # Lanczos, linear, cubic
@@ -473,7 +477,7 @@ class SeededSet(Dataset):
         return photo if isinstance(photo, np.ndarray) else np.asarray(open_image(photo))
 
     def work_size(self, rng):
-        """The side to work at: `degrade` to self.size then rescales by 0.5-1.25, often not at all."""
+        """The side to work at; `degrade` to self.size then rescales by 0.5-1.25, often by 1."""
         return round(self.size / (rng.uniform(0.5, 1.25) if rng.random() < 0.35 else 1))
 
     def window(self, photo, side, work, rng):
@@ -555,14 +559,14 @@ def leaks(pictures, folds=5):
 
     Each cue guesses the class in which its value (or sixteenth) is commoner in the other folds.
     """
-    cues = {"format": [], "size": [], "aspect": [], "JPEG tables": [], "bytes per pixel": []}
+    rows = []
     for picture in pictures:
         with opened(picture.path) as image:
-            for values, value in zip(cues.values(), (
-                    image.format, str(image.size), image.width / image.height,
-                    str(getattr(image, "quantization", "")),
-                    picture.path.stat().st_size / (image.width * image.height))):
-                values.append(value)
+            density = picture.path.stat().st_size / (image.width * image.height)
+            rows.append((image.format, str(image.size), image.width / image.height,
+                         str(getattr(image, "quantization", "")), density))
+    names = ("format", "size", "aspect", "JPEG tables", "bytes per pixel")
+    cues = dict(zip(names, zip(*rows)))
     label = np.array([picture.label for picture in pictures])
     fold = np.random.default_rng(0).permutation(len(label)) % folds
     for cue, values in cues.items():
@@ -593,22 +597,21 @@ def contact_sheet(rows, path, cell=128):
 def describe(path, cues):
     """Print what a data set holds, every file decoded -> (rows for `contact_sheet`, problems)."""
     pictures, (layout, ignored, problems) = read_set(path)
-    sizes, rows = [], []
+    rows, sizes, formats = [], set(), Counter()
     for i, picture in enumerate(pictures):
         try:
             images = [np.asarray(open_image(picture.path))]
             images += [read_mask(picture) * 255] if picture.mask else []
-            sizes.append(images[0].shape[:2])
-            if i % (len(pictures) // 24 + 1) == 0:
-                rows.append((images, picture.path.name))
         except BadPicture as error:
             problems.append(f"bad file: {error}")
+            continue
+        sizes.add(images[0].shape[:2])
+        formats[picture.path.suffix.lower()] += 1
+        rows += [(images, picture.path.name)] if i % (len(pictures) // 24 + 1) == 0 else []
     count = Counter(picture.label for picture in pictures)
     print(f"{path}: {layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} without "
-          f"label, {sum(picture.mask is not None for picture in pictures)} masks, {ignored} others")
-    formats = Counter(picture.path.suffix.lower() for picture in pictures).most_common()
-    print("formats", *(f"{suffix} {n}" for suffix, n in formats), "| sizes (H, W)", min(sizes), "to",
-          max(sizes))
+          f"label, {sum(p.mask is not None for p in pictures)} masks, {ignored} others\n"
+          f"{dict(formats)}, {len(sizes)} sizes (H, W) from {min(sizes)} to {max(sizes)}")
     for cue, accuracy in leaks(pictures).items() if cues and count[0] and count[1] else ():
         print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)")
         if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
@@ -617,15 +620,14 @@ def describe(path, cues):
     return rows, problems
 
 
-def write_synthesis(photos, out, count, size, seed):
-    """Write `count` pairs as out/au, out/tp, out/mask and list.csv -> rows for `contact_sheet`."""
+def write_synthesis(pairs, out):
+    """Write a SynthesisSet as out/au, tp, mask and list.csv -> rows for `contact_sheet`."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"found files in {out}, expected an empty folder: choose another --out")
     for folder in ("au", "tp", "mask"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    pairs = SynthesisSet(photos, size=size, count=2 * count, seed=seed)
     rows, lines = [], ["image,label,mask,caption"]
-    for i in range(count):
+    for i in range(len(pairs) // 2):
         (original, _, words), (changed, mask, caption) = pairs.make(i, 0), pairs.make(i, 1)
         for folder, image in (("au", original), ("tp", changed), ("mask", mask * 255)):
             Image.fromarray(image).save(out / folder / f"{i:06}.png", compress_level=1)
@@ -650,8 +652,9 @@ def main(words=None):
         if bool(args.path) == bool(args.synthesize) or bool(args.synthesize) != bool(args.out):
             raise ValueError("expected either a PATH, or --synthesize PHOTOS --out DIR")
         if args.synthesize:
-            photos = [p.path for p in read_set(args.synthesize)[0] if p.label != 1]
-            rows, problems = write_synthesis(photos, Path(args.out), args.count, args.size, args.seed), []
+            photos = [p.path for p in read_set(args.synthesize, masks=False)[0] if p.label != 1]
+            pairs = SynthesisSet(photos, size=args.size, count=2 * args.count, seed=args.seed)
+            rows, problems = write_synthesis(pairs, Path(args.out)), []
         else:
             rows, problems = describe(args.path, args.leaks)
         if args.preview:
