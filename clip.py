@@ -4,8 +4,6 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 Modules and parameters have OpenAI's names, so that their official weights load as they are.
 Shapes: B images, N patches (N = h * w), D joint width, Dv image width, Dt text width, L tokens.
 """
-import argparse
-import functools
 import gzip
 import hashlib
 import html
@@ -19,9 +17,9 @@ import time
 import urllib.request
 import zipfile
 from collections import OrderedDict, namedtuple
+from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from types import SimpleNamespace
 
 import ftfy
 import regex
@@ -32,18 +30,17 @@ from torch.nn.utils import parametrize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)   # of OpenAI's training pictures, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
-CACHE = "~/.cache/clip"                      # OpenAI's program keeps the same files there
 MODELS = "https://openaipublic.azureedge.net/clip/models"
-OFFICIAL = {                                 # SHA-256 / file
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
-    "ViT-L/14@336px":
-        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt"}
+OFFICIAL = {                                 # SHA-256 of <name with dashes>.pt
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
 VOCABULARY = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-PAUSES, TIMEOUT = (0, 1, 4), 30              # seconds before each attempt; without a byte
+CACHE = Path("~/.cache/clip").expanduser()   # OpenAI's own program keeps the same files there
 TINY = Path(__file__).with_name("weights") / "tiny.pt"
+TIMEOUT, PAUSES = 30, (0, 1, 5)              # seconds: of silence, before each attempt to download
 
 
 def normalize(image):
@@ -53,74 +50,69 @@ def normalize(image):
 
 
 # ------------------------------------------------------------------------------------- tokenizer
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-@functools.lru_cache
+@lru_cache
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
 
-    Ids: 256 bytes, 256 bytes that end a word ("a</w>"), `vocab_size - 514` merges, start, end; so
-    514 symbols need no vocabulary file. Built on first use; OSError if the file cannot be had.
+    Ids: 256 bytes, 256 bytes that end a word ("a</w>"), `vocab_size - 514` merges, start and end;
+    so 514 ids need no vocabulary file. OSError if the file cannot be had.
     """
 
     def __init__(self, vocab_size, cache=None):
-        merges = []                                   # pairs of symbols, the first learned first
+        merges = []                                      # pairs of symbols, first learned first
         if vocab_size > 514:
             with gzip.open(fetch(VOCABULARY, VOCABULARY_SHA256, cache), "rt", encoding="utf8") as f:
                 merges = [tuple(line.split()) for line in [*f][1:vocab_size - 513]]
         visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in visible]     # shown as chr(256), ..
+        hidden = [byte for byte in range(256) if byte not in visible]    # shown as chr(256), ..
         letters = [*map(chr, visible), *map(chr, range(256, 256 + len(hidden)))]
+        symbols = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
         self.letters = dict(zip(visible + hidden, letters))
-        symbols = letters + [letter + "</w>" for letter in letters]
-        symbols += [left + right for left, right in merges] + [START, END]
-        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self.ids = {symbol: i for i, symbol in enumerate(symbols + [START, END])}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word):
-        """The symbols of a word: of all neighbours that can merge, always those learned first."""
+        """The symbols of a word: of all neighbours that can merge, those learned first, again."""
         symbols = [self.letters[byte] for byte in word.encode()]
         symbols[-1] += "</w>"
-        while True:
+        while word not in (START, END):
             ranks = [self.ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
             if min(ranks, default=math.inf) == math.inf:
                 return symbols
             i = ranks.index(min(ranks))
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
+        return [word]
 
     def pieces(self, text):
         """The symbols of any text; mojibake and HTML entities are repaired first."""
         text = html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
-        words = ([w] if w in (START, END) else self.split(w) for w in WORD.findall(text))
-        return [symbol for word in words for symbol in word]
+        return [START, *(piece for word in WORD.findall(text) for piece in self.split(word)), END]
 
 
 def tokenize(texts, context_length=77, vocab_size=49408, truncate=False, cache=None):
-    """A text or a list of B texts -> token ids (B, context_length) long: start, text, end, zeros.
+    """A text or a list of B texts -> OpenAI's token ids (B, context_length) long, zeros at the end.
 
-    Equal to OpenAI's. Too long a text: ValueError, or with truncate cut before its end token.
+    ValueError for too long a text, which `truncate` cuts before its end token instead.
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    codec = Tokenizer(vocab_size, cache)
+    texts, tokenizer = [texts] if isinstance(texts, str) else texts, Tokenizer(vocab_size, cache)
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts):
-        ids = [codec.ids[symbol] for symbol in (START, *codec.pieces(text), END)]
+        ids = [tokenizer.ids[symbol] for symbol in tokenizer.pieces(text)]
         if len(ids) > context_length and not truncate:
-            raise ValueError(f"text of {len(ids)} tokens, expected at most {context_length}: "
-                             f"shorten it or use truncate=True: {text!r:.60}")
+            raise ValueError(f"{len(ids)} tokens, at most {context_length} fit: cut {text!r:.60}")
         ids[context_length - 1:-1] = []
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
 
 # ---------------------------------------------------------------------------------------- towers
-
 class QuickGELU(nn.Module):
-    """OpenAI's cheap GELU: x * sigmoid(1.702 x)."""
+    """OpenAI's cheap GELU."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -129,62 +121,52 @@ class QuickGELU(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, causal):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = max(1, width // 64), causal
         self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False, dense=None):
+    def forward(self, x, dense=None):
         """x (B, L, D) -> (B, L, D). dense: None, "vv" or "qqkk" (see `encode_patches`)."""
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
         qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                          # (B, heads, L, d)
-        attend = F.scaled_dot_product_attention
-        if dense == "vv":
-            x = attend(v, v, v)                                                # (B, heads, L, d)
-        elif dense == "qqkk":
-            x = (attend(q, q, v) + attend(k, k, v)) / 2                        # (B, heads, L, d)
-        else:
-            x = attend(q, k, v, is_causal=causal)                              # (B, heads, L, d)
+        pairs = {None: [(q, k)], "vv": [(v, v)], "qqkk": [(q, q), (k, k)]}[dense]
+        x = [F.scaled_dot_product_attention(a, b, v, is_causal=self.causal) for a, b in pairs]
+        x = x[0] if len(x) == 1 else (x[0] + x[1]) / 2                         # (B, heads, L, d)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, D))               # (B, L, D)
 
 
 class ResidualAttentionBlock(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised input and added back."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, causal):
         super().__init__()
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
                                              c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
-    def forward(self, x, causal=False):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, width, layers):
-        super().__init__()
-        heads = max(1, width // 64)
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(layers))
-
-    def forward(self, x, causal=False):
-        for block in self.resblocks:
-            x = block(x, causal)
-        return x
+class Transformer(nn.Sequential):
+    def __init__(self, width, layers, causal=False):
+        blocks = (ResidualAttentionBlock(width, causal) for _ in range(layers))
+        super().__init__(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
 class Stem(nn.Sequential):
     """Ours, not OpenAI's: a high-pass view and stride-2 convolutions before the patch embedding.
 
-    Small regions of a picture differ in noise and compression more than in colour; a 16-pixel
-    patch embedding learned from few pictures misses that. Only the shipped tiny model has a stem.
+    Small regions differ in noise and compression more than in colour, which a patch embedding
+    learned from few pictures misses. Only the shipped tiny model has a stem.
     """
 
     def __init__(self, channels):
@@ -206,11 +188,10 @@ class Stem(nn.Sequential):
 class VisionTransformer(nn.Module):
     """The image tower. Any input whose sides are multiples of `patch_size` (in pixels)."""
 
-    def __init__(self, *, resolution, patch_size, width, layers, embed_dim, stem=()):
+    def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
         self.patch_size = patch_size
-        if stem:
-            self.stem = Stem(stem)
+        self.stem = Stem(stem) if stem else nn.Identity()
         inner = patch_size // 2 ** len(stem)        # what the stem leaves of the patch
         self.conv1 = nn.Conv2d(stem[-1] if stem else 3, width, inner, stride=inner, bias=False)
         scale, tokens = width ** -0.5, (resolution // patch_size) ** 2 + 1
@@ -223,8 +204,7 @@ class VisionTransformer(nn.Module):
 
     def grid(self, pixels):
         """(h, w): rows and columns of patches of pixels (B, 3, H, W); ValueError if they misfit."""
-        H, W = pixels.shape[-2:]
-        p = self.patch_size
+        (H, W), p = pixels.shape[-2:], self.patch_size
         if H % p or W % p or not H or not W:
             raise ValueError(f"image of {H}x{W} pixels, expected multiples of {p}: resize it")
         return H // p, W // p
@@ -235,15 +215,14 @@ class VisionTransformer(nn.Module):
         side = math.isqrt(len(grid))
         if (h, w) != (side, side):
             grid = grid.T.reshape(1, -1, side, side)                           # (1, Dv, side, side)
-            grid = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False, antialias=True)
+            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
             grid = grid.flatten(2)[0].T                                        # (N, Dv)
         return torch.cat([first, grid])[None]                                  # (1, 1 + N, Dv)
 
     def embed(self, pixels):
         """pixels (B, 3, H, W) -> tokens before the first block (B, 1 + N, Dv), class first."""
         h, w = self.grid(pixels)
-        x = self.stem(pixels) if hasattr(self, "stem") else pixels
-        x = self.conv1(x).flatten(2).transpose(1, 2)                           # (B, N, Dv)
+        x = self.conv1(self.stem(pixels)).flatten(2).transpose(1, 2)           # (B, N, Dv)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, Dv)
         return self.ln_pre(x + self.positions(h, w))
 
@@ -261,10 +240,9 @@ class CLIP(nn.Module):
                  transformer_layers, stem=()):
         super().__init__()
         self.context_length, width = context_length, transformer_width
-        self.visual = VisionTransformer(
-            resolution=image_resolution, patch_size=vision_patch_size, width=vision_width,
-            layers=vision_layers, embed_dim=embed_dim, stem=stem)
-        self.transformer = Transformer(width, transformer_layers)
+        self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
+                                        vision_layers, embed_dim, stem)
+        self.transformer = Transformer(width, transformer_layers, causal=True)
         self.token_embedding = nn.Embedding(vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
@@ -277,36 +255,31 @@ class CLIP(nn.Module):
         return self.visual(pixels)
 
     def encode_patches(self, pixels, levels=(), dense=None):
-        """Patch tokens at several depths, and the dense features in the joint space.
+        """Patch tokens [(B, N, Dv)] after the blocks `levels`, counted from 1, and dense features.
 
-        pixels: (B, 3, H, W), sides multiples of the patch. levels: blocks counted from 1.
-        dense: attention in the last block, for features that stay with their patch: None is
-            OpenAI's own; "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean
-            of query-query and key-key attention (SCLIP, Wang et al. 2023; ExCEL, 2025). These two
-            also leave out that block's residual and perceptron (ClearCLIP, Lan et al. 2024).
-        Returns: [(B, N, Dv) for each level], dense features (B, N, D), not normalised.
+        pixels: (B, 3, H, W), sides multiples of the patch. dense: attention in the last block, for
+        features that stay with their patch. None: OpenAI's. "vv": values attend to values
+        (MaskCLIP, Zhou et al. 2022); "qqkk": mean of query-query and key-key (SCLIP, Wang et al.
+        2023; ExCEL 2025); both leave out the block's residual and perceptron (ClearCLIP, Lan et
+        al. 2024). The dense features are (B, N, D) in the joint space, not normalised.
         """
-        x, found = self.visual.embed(pixels), {}                               # (B, 1 + N, Dv)
-        blocks = self.visual.transformer.resblocks
-        if not all(1 <= level <= len(blocks) for level in levels):
-            raise ValueError(f"levels {levels}, expected numbers from 1 to {len(blocks)}")
-        for depth, block in enumerate(blocks, start=1):
-            last = dense and depth == len(blocks)
-            x = block.attn(block.ln_1(x), dense=dense) if last else block(x)   # (B, 1 + N, Dv)
-            found[depth] = x
-        features = self.visual.ln_post(x[:, 1:]) @ self.visual.proj            # (B, N, D)
+        *blocks, last = self.visual.transformer.resblocks
+        found = [self.visual.embed(pixels)]                                    # (B, 1 + N, Dv)
+        for block in blocks:
+            found.append(block(found[-1]))                                     # (B, 1 + N, Dv)
+        found.append(last.attn(last.ln_1(found[-1]), dense) if dense else last(found[-1]))
+        if not all(1 <= level < len(found) for level in levels):
+            raise ValueError(f"levels {levels}, expected numbers from 1 to {len(found) - 1}")
+        features = self.visual.ln_post(found[-1][:, 1:]) @ self.visual.proj    # (B, N, D)
         return [found[level][:, 1:] for level in levels], features
 
     def encode_prompts(self, embeddings, end):
-        """Prompt embeddings of any length through the text tower.
+        """Prompt embeddings (B, L, Dt) of any length -> text features (B, D), not normalised.
 
-        embeddings: (B, L, Dt) without positions, L at most `context_length`. end: (B,) or int, the
-        place of the end token. The attention is causal: what stands after `end` changes nothing.
-        Returns: text features (B, D), not normalised.
+        end: (B,) or int, the place of the end token; what follows it changes nothing (causal).
         """
         B, L, _ = embeddings.shape
-        x = embeddings + self.positional_embedding[:L]                         # (B, L, Dt)
-        x = self.transformer(x, causal=True)                                   # (B, L, Dt)
+        x = self.transformer(embeddings + self.positional_embedding[:L])       # (B, L, Dt)
         end = torch.as_tensor(end, device=x.device).expand(B)
         x = x[torch.arange(B, device=x.device), end]                           # (B, Dt)
         return self.ln_final(x) @ self.text_projection                         # (B, D)
@@ -344,12 +317,12 @@ def add_lora(model, rank, alpha, targets=("in_proj", "out_proj")):
     """
     added = []
     for path, module in list(model.requires_grad_(False).named_modules()):
-        for name in ("in_proj_weight", "weight"):
-            target = "in_proj" if name == "in_proj_weight" else path.rpartition(".")[2]
-            if target in targets and hasattr(module, name):
-                lora = LoRA(getattr(module, name), rank, alpha)
-                parametrize.register_parametrization(module, name, lora, unsafe=True)
-                added += lora.parameters()
+        joint = isinstance(module, Attention)
+        if ("in_proj" if joint else path.rpartition(".")[2]) in targets:
+            name = "in_proj_weight" if joint else "weight"
+            lora = LoRA(getattr(module, name), rank, alpha)
+            parametrize.register_parametrization(module, name, lora, unsafe=True)
+            added += lora.parameters()
     return added
 
 
@@ -361,7 +334,6 @@ def merge_lora(model):
 
 
 # ------------------------------------------------------------------------------ files of weights
-
 def build(state_dict, device="cpu", release=False):
     """A CLIP with these weights (OpenAI's keys), sizes inferred from them, fp32, in eval mode.
 
@@ -370,31 +342,27 @@ def build(state_dict, device="cpu", release=False):
     """
     notes = ("input_resolution", "context_length", "vocab_size")               # in OpenAI's files
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if key not in notes}
-    if any(key.startswith("visual.layer1.") for key in shapes):
-        raise ValueError(f"weights of a ResNet, which has no patches: use {', '.join(OFFICIAL)}")
     try:
+        stem = [shapes.get(f"visual.stem.{2 * i}.weight", ()) for i in range(8)]
+        stem = tuple(shape[0] for shape in stem if shape)
         blocks = [key for key in shapes if key.endswith(".ln_1.weight")][:99]
         vision_layers = sum(key.startswith("visual.") for key in blocks)
-        stem = [f"visual.stem.{2 * i}.weight" for i in range(8)]
-        stem = tuple(shapes[key][0] for key in stem if key in shapes)
-        vision_width, _, kernel, _ = shapes["visual.conv1.weight"]
-        vocab_size, text_width = shapes["token_embedding.weight"]
-        patch = kernel * 2 ** len(stem)
-        side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)        # class token apart
+        patch = shapes["visual.conv1.weight"][-1] * 2 ** len(stem)
+        side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)        # without the class
+        vocab_size, transformer_width = shapes["token_embedding.weight"]
         with torch.device("meta"):                                             # takes no memory
-            model = CLIP(embed_dim=shapes["visual.proj"][1], image_resolution=side * patch,
-                         vision_layers=vision_layers, vision_width=vision_width,
-                         vision_patch_size=patch, context_length=shapes["positional_embedding"][0],
-                         vocab_size=vocab_size, transformer_width=text_width,
-                         transformer_layers=len(blocks) - vision_layers, stem=stem)
+            model = CLIP(
+                embed_dim=shapes["text_projection"][1], image_resolution=side * patch, stem=stem,
+                vision_layers=vision_layers, vision_width=shapes["visual.class_embedding"][0],
+                vision_patch_size=patch, context_length=shapes["positional_embedding"][0],
+                vocab_size=vocab_size, transformer_width=transformer_width,
+                transformer_layers=len(blocks) - vision_layers)
     except (LookupError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"not the weights of a CLIP: missing or misshapen: {error}") from error
+        raise ValueError(f"not a CLIP with image patches (a ResNet?): {error}") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    odd = [key for key in {**expected, **shapes} if expected.get(key) != shapes.get(key)]
-    if odd:
-        found, wanted = shapes.get(odd[0], "missing"), expected.get(odd[0], "no such key")
-        raise ValueError(f"not the weights of a CLIP: {len(odd)} keys differ, first {odd[0]}: "
-                         f"found {found}, expected {wanted}")
+    for key in {**expected, **shapes}:
+        if (found := shapes.get(key, "none")) != (wanted := expected.get(key, "none")):
+            raise ValueError(f"not the weights of a CLIP: {key}: found {found}, expected {wanted}")
     model.to_empty(device=device)
     for key, weight in model.state_dict().items():
         weight.copy_(state_dict.pop(key) if release else state_dict[key])
@@ -404,16 +372,15 @@ def build(state_dict, device="cpu", release=False):
 
 
 Stored = namedtuple("Stored", "storage offset shape stride")   # a tensor that is not read yet
-DTYPES = {f"{kind}Storage": dtype for kind, dtype in dict(
-    Half=torch.float16, BFloat16=torch.bfloat16, Float=torch.float32, Double=torch.float64,
-    Long=torch.int64, Int=torch.int32, Byte=torch.uint8, Bool=torch.bool).items()}
-OPCODES = """APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BUILD
-    EMPTY_DICT EMPTY_LIST EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWOBJ
-    NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS STOP TUPLE TUPLE1 TUPLE2 TUPLE3""".split()
+DTYPES = {f"{kind}Storage": getattr(torch, kind.lower())
+          for kind in "Half BFloat16 Float Double Long Int Bool".split()}
+DTYPES["ByteStorage"] = torch.uint8
 
 
 class Unpickler(pickle.Unpickler):
     """Knows tensors (they become `Stored`), dictionaries and modules; another name is an error."""
+
+    persistent_load = staticmethod(tuple)        # of a storage: (_, dtype, key, device, length)
 
     def find_class(self, module, name):
         if module == "torch" and name in DTYPES:
@@ -421,26 +388,8 @@ class Unpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda *arguments: Stored(*arguments[:4])
         if module.startswith("__torch__.") or (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict                                   # a module's attributes: its vars()
-        raise ValueError(f"it asks for {module}.{name}, expected nothing but tensors")
-
-    def persistent_load(self, pid):
-        return pid                                               # (_, dtype, key, device, length)
-
-
-def parse(program):
-    """{name: Stored} of the tensors that the pickle `program` (bytes) describes."""
-    for opcode, value, _ in pickletools.genops(program):         # some take memory at will
-        if opcode.name not in OPCODES or "PUT" in opcode.name and value > len(program):
-            raise ValueError(f"its pickle holds {opcode.name} {value!r:.40}")
-    found, todo = {}, [("", Unpickler(io.BytesIO(program)).load())]
-    for name, node in todo:                                      # grows while we walk
-        if isinstance(node, Stored):
-            found[name[1:]] = node
-        elif isinstance(node, dict) and len(todo) < 99_999:      # it may hold itself
-            children = {**node, **getattr(node, "__dict__", {})}
-            todo += [(f"{name}.{key}", child) for key, child in children.items()]
-    return {k[5:]: v for k, v in found.items() if k.startswith("clip.")} or found
+            return OrderedDict                           # a module keeps its attributes in vars()
+        raise ValueError(f"it asks for {module}.{name}, expected only tensors")
 
 
 def read_archive(path):
@@ -449,56 +398,46 @@ def read_archive(path):
     The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
     checkpoint of SAPL only the CLIP is read. ValueError, one line, for anything else.
     """
-    size, storages, tensors = os.path.getsize(path), {}, {}
-
     def read(name):
         info = archive.getinfo(root + name)
         if info.compress_type or max(info.compress_size, info.file_size) > size:
             raise ValueError(f"{name} is compressed or longer than the file")
-        return archive.read(info)
+        return bytearray(archive.read(info))
 
+    size, found, storages, tensors = os.path.getsize(path), {}, {}, {}
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             root, = [name[:-len("data.pkl")] for name in names if name.endswith("/data.pkl")]
-            found = parse(read("data.pkl"))
+            program = read("data.pkl")
+            if any("PUT" in code.name and n > size for code, n, _ in pickletools.genops(program)):
+                raise ValueError("its pickle asks for absurd memory")
+            nodes = [("", Unpickler(io.BytesIO(program)).load())]
+            for name, node in nodes:                     # grows while we walk
+                if isinstance(node, Stored):
+                    found[name[1:]] = node
+                elif isinstance(node, dict) and len(nodes) < 99_999:     # it may hold itself
+                    node = {**node, **getattr(node, "__dict__", {})}
+                    nodes += [(f"{name}.{key}", child) for key, child in node.items()]
+            found = {k[5:]: v for k, v in found.items() if k.startswith("clip.")} or found
             if sum(math.prod(t.shape) * t.storage[1].itemsize for t in found.values()) > 2 * size:
                 raise ValueError("its tensors claim more than twice its size")
             swap = f"{root}byteorder" in names and read("byteorder") != sys.byteorder.encode()
-            for name, ((_, dtype, key, _, length), offset, shape, stride) in found.items():
-                last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-                if (min(offset, *shape, *stride, 0) < 0 or last >= max(length, 1)
-                        or math.prod(shape) > length or not key.isalnum()):
-                    raise ValueError(f"{name} of shape {shape} leaves storage {key!r} of {length}")
-                if (key, dtype) not in storages:
-                    raw = torch.frombuffer(bytearray(read(f"data/{key}")), dtype=torch.uint8)
-                    raw = raw[:length * dtype.itemsize].view(-1, dtype.itemsize)
-                    raw = raw.flip(1) if swap else raw
-                    storages[key, dtype] = raw.flatten().view(dtype)             # (length,)
-                tensors[name] = storages[key, dtype].as_strided(shape, stride, offset)   # shape
+            for name, ((_, dtype, key, *_), offset, shape, stride) in found.items():
+                if key not in storages:
+                    raw = torch.frombuffer(read(f"data/{key}"), dtype=torch.uint8)
+                    raw = raw.view(-1, dtype.itemsize).flip(1).flatten() if swap else raw
+                    storages[key] = raw.view(dtype)                            # (length,)
+                tensors[name] = storages[key].as_strided(shape, stride, offset)    # shape
             return tensors
-    except OSError:
-        raise
-    except Exception as error:                                   # damage has many faces
+    except Exception as error:                           # damage has many faces
         raise ValueError(f"{path}: no readable archive of weights: {error}") from error
 
 
-def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fetch(url, sha256, cache=None):
-    """The path of a file in the cache folder, downloaded if it is not there whole.
-
-    OSError, one line, after three attempts: what is missing, where to put it.
-    """
+    """The path of a file in the cache folder, downloaded if it is not there whole; else OSError."""
     target = Path(cache or CACHE).expanduser() / url.rpartition("/")[2]
-    if target.is_file() and sha256_of(target) == sha256:
+    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     for pause in PAUSES:
@@ -509,63 +448,55 @@ def fetch(url, sha256, cache=None):
                 total, digest = answer.length or 0, hashlib.sha256()
                 while block := answer.read(1 << 20):
                     digest.update(block)
-                    done = file.tell() + file.write(block) >> 20
-                    print(f"\r{target.name}: {done} of {total >> 20} MiB", end="", file=sys.stderr)
-            if digest.hexdigest() != sha256:
-                raise OSError("cut short or not the right file")
-            return part.replace(target)
+                    done = file.tell() + file.write(block)
+                    print(f"\r{target.name}: {done:,} of {total:,} bytes", end=" ", file=sys.stderr)
+            if digest.hexdigest() == sha256:
+                return part.replace(target)
+            problem = f"got {part.stat().st_size} of {total} bytes, with another SHA-256"
         except (OSError, HTTPException) as error:
-            reason = error
+            problem = error
         finally:
             part.unlink(missing_ok=True)
-    raise OSError(f"{target} is missing and {url} failed ({reason}): "
-                  f"put the file there (SHA-256 {sha256}), or use --clip tiny, which needs none")
+    raise OSError(f"{target} is missing and cannot be downloaded ({problem}): put {url} there "
+                  f"(SHA-256 {sha256}), or use --clip tiny, which works without it")
 
 
 def load(name_or_path="tiny", device="cpu", cache=None):
-    """A CLIP in fp32, eval mode, with its `name` and the `sha256` of its file.
+    """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file.
 
-    name_or_path: a name of OFFICIAL (downloaded to `cache`), "tiny" (of this repository), or a
-    file: OpenAI's archive, a state dict, a checkpoint of SAPL. ValueError or OSError, one line.
+    name_or_path: of OFFICIAL (kept in `cache`), "tiny" (in this repository), or a file: OpenAI's
+    archive, a state dict, a checkpoint of SAPL. ValueError or OSError, one line.
     """
     name = str(name_or_path)
+    path = TINY if name == "tiny" else Path(name).expanduser()
     if name in OFFICIAL:
-        path = fetch(f"{MODELS}/{OFFICIAL[name]}", OFFICIAL[name].partition("/")[0], cache)
-    else:
-        path = TINY if name == "tiny" else Path(name).expanduser()
-    if not path.is_file():
-        raise ValueError(f"no CLIP {name!r} ({path}): expected a file, tiny, {', '.join(OFFICIAL)} "
-                         "(ResNets have no patches)")
+        file = name.replace("/", "-").replace("@", "-") + ".pt"
+        path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name], cache)
+    elif not path.is_file():
+        raise ValueError(f"no CLIP {name!r}, {path} is no file: expected one of tiny, "
+                         f"{', '.join(OFFICIAL)} (ResNets have no patches), or a file")
     model = build(read_archive(path), device, release=True)
-    model.name, model.sha256 = name, sha256_of(path)
+    model.name, model.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
     return model
 
 
-def main():
-    """A lesson: the pieces and ids of a sentence, shapes and parameters of the towers."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("text", nargs="?", default="a photo of a manipulated image")
-    parser.add_argument("--clip-cache", default=CACHE, help="where the vocabulary is: %(default)s")
-    args = parser.parse_args()
-    vocabulary = Path(args.clip_cache).expanduser() / VOCABULARY.rpartition("/")[2]
-    if not vocabulary.is_file():
-        print(f"{vocabulary} is absent: bytes instead of pieces")
-    codec = Tokenizer(49408 if vocabulary.is_file() else 514, args.clip_cache)
-    symbols = [START, *codec.pieces(args.text), END]
-    print("pieces", *symbols, "\nids   ", *(codec.ids[symbol] for symbol in symbols))
-    with torch.device("meta"):                                                 # shapes, no numbers
+def lesson(text):
+    """Print the pieces and ids of a text, then the shapes and sizes of both towers."""
+    there = (CACHE / VOCABULARY.rpartition("/")[2]).is_file()
+    tokenizer = Tokenizer(49408 if there else 514)
+    print("pieces and ids" if there else f"no vocabulary in {CACHE}, so bytes and ids",
+          *(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)), sep=" | ")
+    with torch.device("meta"):                           # ViT-B/16 in shapes alone, no numbers
         model = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
                      vision_patch_size=16, context_length=77, vocab_size=49408,
                      transformer_width=512, transformer_layers=12)
         pixels, tokens = torch.empty(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.long)
-        (patches,), dense = model.encode_patches(pixels, levels=[12])
-        features = model.encode_image(pixels), model.encode_text(tokens)
-    image, both = (sum(p.numel() for p in m.parameters()) for m in (model.visual, model))
-    for name, count, *steps in (("image", image, pixels, patches, dense, features[0]),
-                                ("text", both - image, tokens, features[1])):
-        print(f"ViT-B/16 {name} tower, {count:,} parameters:",
-              *(" -> ".join(str(tuple(step.shape)) for step in steps),))
+        steps = dict(pixels=pixels, patches=model.encode_patches(pixels)[1], tokens=tokens,
+                     image=model.encode_image(pixels), text=model.encode_text(tokens))
+    print("ViT-B/16", *(f"{name} {tuple(x.shape)}" for name, x in steps.items()), sep=" | ")
+    print("parameters", *(f"{name} {sum(p.numel() for p in part.parameters()):,}"
+                          for name, part in model.named_children()), sep=" | ")
 
 
 if __name__ == "__main__":
-    main()
+    lesson(" ".join(sys.argv[1:]) or "a photo of a manipulated image")
