@@ -1,0 +1,190 @@
+"""Speed of each part: python tests/benchmark.py [clip] [data] [infer] [train]"""
+import dataclasses
+import functools
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import clip                                                     # noqa: E402 (path first)
+import data                                                     # noqa: E402
+import infer                                                    # noqa: E402
+
+
+def bench_data(size=224, photos=48):
+    """Pictures/s of one core: synthesis, and labelled files beside a plain Pillow loop; memory of an epoch."""
+    import io
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(photos):                       # drawn photos of 480x320, JPEG quality 90
+        coarse = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).resize((480, 320))
+        files.append(io.BytesIO())
+        data.add_noise(coarse, 6, rng).save(files[-1], "JPEG", quality=90)
+    arrays = [np.asarray(data.open_image(file)) for file in files]
+
+    def rate(make, count):
+        start = time.process_time()
+        for i in range(count):
+            make(i)
+        return count / (time.process_time() - start)
+
+    def plain(i):
+        picture = Image.open(files[i % photos]).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    print("\nSynthesis, pairs/s and core:", end="")
+    for side in (64, 128, 224, 256):
+        pairs = data.SynthesisSet(arrays, size=side, count=800, seed=0)
+        print(f"  {side} px {rate(lambda i: (pairs[2 * i], pairs[2 * i + 1]), 200):.0f}", end="")
+    pairs = [(file, i % 2) for i, file in enumerate(files)]
+    print(f"\nLabelled pictures to {size} px, pictures/s and core:")
+    print(f"  plain Pillow loop (decode, resize, tensor)     {rate(plain, 400):6.0f}")
+    for words, options in {"decode, window, tensor": dict(reencode=False, cache=0),
+                           "decode, window, re-encode, tensor": dict(cache=0),
+                           "the same, decoded pictures in memory": dict(cache=1000)}.items():
+        items = data.TrainingSet(pairs, size=size, seed=0, **options)
+        print(f"  {words:46} {rate(lambda i: items[i % photos], 400):6.0f}")
+    synthetic = data.SynthesisSet(arrays, size=64, count=4000, seed=0)
+    peak = []
+    for half in range(2):
+        for i in range(2000):
+            synthetic[2000 * half + i]
+        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(f"  peak memory after half an epoch and a whole one (4000 pictures): {peak[0]} MiB, {peak[1]} MiB")
+    for workers in (0, 1, 2):
+        loader = torch.utils.data.DataLoader(synthetic, batch_size=100, num_workers=workers)
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        print(f"  {workers} worker processes: {len(synthetic) / (time.perf_counter() - start):.0f} pictures/s at 64 px")
+    torch.set_num_threads(threads)
+
+
+def bench_train(device="auto"):
+    """Training: pictures/s, where a step's time goes, memory; beside a plain loop.
+
+    LoRA and HECL as in the defaults, random weights, 224 pixels. The plain loop: prompts padded to
+    77 tokens, nn.MultiheadAttention with its attention weights. Times are the best of 4; the data
+    come from one worker.
+    """
+    import train
+    device = infer.pick_device(device)
+    big = torch.cuda.is_available() and device.type == "cuda"
+    sizes = {"small": dict(embed_dim=192, vision_layers=6, vision_width=192, transformer_width=192,
+                           transformer_layers=3),
+             "ViT-B/16": dict(embed_dim=512, vision_layers=12, vision_width=768,
+                              transformer_width=512, transformer_layers=12)}
+    print(f"\nTraining on {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+    for name, size in sizes.items():
+        batch = (64 if big else 8) if name == "small" else (32 if big else 2)
+        depth = size["vision_layers"]
+        # class words of 2 bytes: as many tokens as the usual words have in CLIP's own vocabulary
+        config = train.Config(batch=batch, levels=(depth // 3, 2 * depth // 3, depth),
+                              class_words=("ge", "ma"))
+        settings = vars(config) | {"dense": None}
+
+        def objective(plain=False, hecl=0.1):
+            torch.manual_seed(0)
+            tower = clip.CLIP(**size, image_resolution=224, vision_patch_size=16,
+                              context_length=77, vocab_size=514)
+            if plain:
+                make_plain(tower)
+            model = infer.SAPL(tower, settings)
+            loss = train.HECL([size["vision_width"]] * 3, dim=64, queue=1024, tau=0.1, share=0.4,
+                              top=4, clean=0.5)
+            used = dataclasses.replace(config, hecl=hecl)
+            return train.Objective(model, loss, used, 1.0).to(device).train()
+
+        image = torch.rand(batch, 3, 224, 224, device=device)
+        labels = torch.arange(batch, device=device) % 2
+        cast = functools.partial(torch.autocast, device.type, torch.bfloat16, big)
+
+        def step(part, loss):
+            def run():
+                with cast():
+                    value = loss(part)
+                value.backward()
+            return run
+
+        def loss(o):
+            return o(image, labels, 1.0)[0]
+
+        part, bare = objective(), objective(hecl=0.0)
+        whole = best_time(step(part, loss), device)
+        without = best_time(step(bare, loss), device)
+        towers = best_time(step(bare, lambda o: sum(x.float().mean() for x in flat(
+            o.model.clip.encode_patches(clip.normalize(image), config.levels)))), device)
+        weights = [p for p in part.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights)
+        update = best_time(optimizer.step, device)
+        photo = np.random.default_rng(0).integers(0, 256, (320, 480, 3), dtype=np.uint8)
+        pictures = data.TrainingSet([(photo, 0)] * batch, size=224, seed=0)
+        loading = best_time(lambda: [pictures[i] for i in range(batch)], torch.device("cpu"))
+        plain = best_time(step(objective(plain=True), loss), device)
+        total, unfair = whole + update, plain + update
+        rest = [("towers", towers), ("ECPL", without - towers), ("HECL", whole - without),
+                ("optimizer", update)]
+        memory = torch.cuda.max_memory_allocated() / 1e9 if big else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{name:9} batch {batch}: {batch / total:7.1f} pictures/s, plain loop "
+              f"{batch / unfair:7.1f} ({unfair / total:.2f}x); step {1000 * total:.0f} ms = "
+              + ", ".join(f"{key} {100 * value / total:.0f} %" for key, value in rest)
+              + f"; data {1000 * loading:.0f} ms; peak memory {memory:.1f} GB")
+        if big:
+            macs = batch * 196 * depth * 12 * size["vision_width"] ** 2
+            print(f"          image tower's matrix products: {6 * macs / total / 1e12:.0f} TFLOP/s")
+
+
+def flat(levels_and_features):
+    """(levels, features) of encode_patches -> one list."""
+    levels, features = levels_and_features
+    return [*levels, features]
+
+
+def best_time(call, device, repeats=4):
+    """Shortest seconds of a call, after one to warm up: others may be using the machine."""
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+class PlainAttention(torch.nn.MultiheadAttention):
+    """What most CLIP code uses: sequence first, attention weights computed and thrown away."""
+
+    def forward(self, x, causal=False, dense=None):
+        x = x.transpose(0, 1)                                                         # (L, B, D)
+        L = len(x)
+        mask = x.new_full((L, L), float("-inf")).triu(1) if causal else None          # (L, L)
+        return super().forward(x, x, x, attn_mask=mask)[0].transpose(0, 1)            # (B, L, D)
+
+
+def make_plain(model):
+    """Give a CLIP plain attention and prompts padded to the whole context."""
+    for tower in (model.visual.transformer, model.transformer):
+        for block in tower.resblocks:
+            attention = PlainAttention(block.ln_1.weight.numel(), block.attn.heads)
+            attention.load_state_dict(block.attn.state_dict())
+            block.attn = attention
+    short = model.encode_prompts
+    pad = torch.nn.functional.pad
+    model.encode_prompts = lambda x, end: short(pad(x, (0, 0, 0, 77 - x.shape[1])), end)
+
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or ["clip", "data", "infer", "train"]
+    for part in chosen:
+        if f"bench_{part}" in globals():
+            globals()[f"bench_{part}"]()
