@@ -46,7 +46,7 @@ def option(default, text, *choices):
 
 @dataclasses.dataclass
 class Config:
-    """All settings of a run; the command line is made from them. All are ours, the paper is silent."""
+    """All settings of a run, and the command line. Values are ours: the paper gives none."""
     data: str = option("", "pictures with labels: folder with au/ and tp/, or list file")
     synthesize: str = option("", "instead of --data: folder of genuine photos")
     out: str = option("runs/sapl", "folder of the run")
@@ -55,7 +55,7 @@ class Config:
     count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine")
     augment: bool = option(True, "random windows and flips of --data, new in every epoch")
     clip: str = option("tiny", "tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file")
-    init: str = option("", "start from the weights and model settings of this SAPL checkpoint")
+    init: str = option("", "start from this SAPL checkpoint and its model settings")
     tune: str = option("lora", "what of CLIP is trained", "lora", "full", "none")
     lora_rank: int = option(8, "rank of LoRA")
     lora_alpha: float = option(16.0, "LoRA adds alpha / rank times its product")
@@ -120,20 +120,18 @@ def parse(arguments=None):
 class Tolerant(Dataset):
     """Puts another picture in the place of an unreadable one: image, label, index, [messages]."""
 
-    def __init__(self, dataset, limit):
-        self.dataset, self.limit = dataset, limit
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __getitem__(self, index):
         bad = []
-        while True:
+        for _ in range(len(self.dataset)):
             try:
                 return *self.dataset[index], bad
             except data.BadPicture as error:
                 bad.append(str(error))
-                if len(bad) > self.limit:
-                    raise data.BadPicture(f"{len(bad)} unreadable pictures, --bad-limit is {self.limit}: look "
-                                          f"at the data, or raise it; the last: {error}") from error
                 index = (index + 2) % len(self.dataset)       # by 2: synthetic pairs alternate
+        raise data.BadPicture(f"found no readable picture, expected {len(self.dataset)}: {bad[-1]}")
 
 
 def collate(items):
@@ -144,31 +142,38 @@ def collate(items):
 
 def load(dataset, plan, config):
     """The batches of a plan, lists of indices, made ahead by --workers processes."""
-    return DataLoader(Tolerant(dataset, config.bad_limit), batch_sampler=plan, collate_fn=collate,
+    return DataLoader(Tolerant(dataset), batch_sampler=plan, collate_fn=collate,
                       num_workers=config.workers, generator=torch.Generator())
 
 
 def make_sets(config):
-    """(training set, validation set, paths of genuine validation pictures). No way to a mask."""
+    """(training set, validation set, names of training pictures, genuine validation pictures).
+
+    Paths and labels only: no way to a mask.
+    """
     if bool(config.data) == bool(config.synthesize):
         raise ValueError("found both or none of --data and --synthesize: name one of them")
     if config.data:
         pictures = [p for p in data.read_set(config.data, masks=False)[0] if p.label is not None]
     else:
-        pictures = [data.Picture(p, 0, source=p.stem) for p in sorted(Path(config.synthesize).rglob("*"))
-                    if p.suffix.lower() in data.EXTENSIONS]
-    parts, common = data.split(pictures, config.val, config.seed), {"size": config.size, "seed": config.seed}
-    if any({p.label for p in part} != ({0, 1} if config.data else {0}) for part in parts):
-        raise ValueError(f"found {len(parts[0])} pictures to train, {len(parts[1])} to validate in "
-                         f"{config.data or config.synthesize}, expected both classes in both parts of --data, "
-                         "any photo in both of --synthesize: add pictures, or change --val")
-    if config.data:
-        sets = [data.TrainingSet([(p.path, p.label) for p in part], augment=augment, **common)
-                for part, augment in zip(parts, (config.augment, False))]
-    else:
-        sets = [data.SynthesisSet([p.path for p in part], count=count // 2 * 2, **common)
-                for part, count in zip(parts, (config.count, max(32, min(512, int(config.val * config.count)))))]
-    return *sets, [p.path for p in parts[1] if not p.label]
+        files = sorted(Path(config.synthesize).rglob("*"))
+        pictures = [data.Picture(path, 0, source=path.stem) for path in files
+                    if path.suffix.lower() in data.EXTENSIONS]
+    sets, names, common = [], [], {"size": config.size, "seed": config.seed}
+    for part, held_out in zip(data.split(pictures, config.val, config.seed), (False, True)):
+        if {p.label for p in part} != ({0, 1} if config.data else {0}):
+            raise ValueError(f"found {len(part)} pictures to {'validate' if held_out else 'train'} "
+                             f"in {config.data or config.synthesize}, expected both classes with "
+                             "--data, photos with --synthesize: add pictures, or change --val")
+        if config.data:
+            names = names or [str(p.path) for p in part]
+            sets.append(data.TrainingSet([(p.path, p.label) for p in part], **common,
+                                         augment=config.augment and not held_out))
+        else:
+            count = max(32, min(512, config.val * config.count)) if held_out else config.count
+            count = int(count) // 2 * 2                                           # in pairs
+            sets.append(data.SynthesisSet([p.path for p in part], count=count, **common))
+    return *sets, names, [p.path for p in part if not p.label]
 
 
 def batches(labels, count, config, epoch):
@@ -195,7 +200,7 @@ def tile(image, K):
 
 
 def untile(x, K, h, w):
-    """Patches of mosaics -> those of their cells: x (B / K^2, K * h * K * w, ..) -> (B, h * w, ..)."""
+    """Patches of mosaics -> of their cells: x (B / K^2, K * h * K * w, ..) -> (B, h * w, ..)."""
     return x.unflatten(1, (K, h, K, w)).transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
 
@@ -205,14 +210,14 @@ class Objective(nn.Module):
     def __init__(self, model, hecl, config, balance):
         super().__init__()
         self.model, self.hecl, self.mosaic, self.weight = model, hecl, config.mosaic, config.hecl
-        self.register_buffer("balance", torch.tensor(balance))     # so that both classes weigh the same
+        self.register_buffer("balance", torch.tensor(balance))    # both classes weigh the same
 
     def forward(self, image, labels, ramp):
         """image (B, 3, H, W) in [0, 1], labels (B,), ramp of HECL in [0, 1] -> (3,), see LOSSES."""
         output, K = self.model(tile(image, self.mosaic)), self.mosaic
         h, w = (side // K for side in output.logits.shape[1:])
-        *levels, edges, logits = (untile(x.float(), K, h, w) for x in (
-            *output.levels, output.edges, output.logits.flatten(1)))    # (B, N, Dv) .., (B, N), (B, N)
+        x = *output.levels, output.edges, output.logits.flatten(1)
+        *levels, edges, logits = (untile(x.float(), K, h, w) for x in x)    # [(B, N, Dv)], (B, N)
         score = infer.ecpl.pool_score(logits, self.model.ecpl.rho)               # (B,)
         bce = F.binary_cross_entropy_with_logits(score, labels.float(), pos_weight=self.balance)
         contrast = self.hecl(levels, edges, logits.sigmoid(), labels) if self.weight else 0 * bce
@@ -222,11 +227,14 @@ class Objective(nn.Module):
 # ------------------------------------------------------------------------------- state of a run
 
 def make_model(config):
-    """SAPL in its starting state: CLIP's weights with a new ECPL, or all of --init."""
+    """SAPL in its starting state: CLIP's weights with a new ECPL, or all of --init.
+
+    What is tuned is not OpenAI's own any more: under its new name, checkpoints hold it in full.
+    """
     settings = vars(config) | {"dense": None if config.dense == "plain" else config.dense}
-    if config.init:
-        old = infer.SAPL.load(config.init, device="cpu")       # its LoRA, if any, is merged
-        old.clip.name = "tuned " + old.clip.name               # not OpenAI's own: stored in full
+    if config.init or config.clip == "tiny":
+        old = infer.SAPL.load(config.init or None, device="cpu")   # its LoRA, if any, is merged
+        settings["clip"] = old.clip.name = "tuned " + old.clip.name.removeprefix("tuned ")
         model = infer.SAPL(old.clip, settings | {key: old.config[key] for key in infer.ECPL_KEYS})
         model.ecpl.load_state_dict(old.ecpl.state_dict())
         return model
@@ -234,13 +242,14 @@ def make_model(config):
     depth = len(backbone.visual.transformer.resblocks)
     settings["levels"] = config.levels or sorted({max(1, depth * part // 3) for part in (1, 2, 3)})
     if not all(1 <= level <= depth for level in settings["levels"]):
-        raise ValueError(f"found --levels {config.levels}, but {config.clip} has blocks 1 to {depth}")
+        raise ValueError(f"found --levels {config.levels}, {config.clip} has blocks 1 to {depth}")
     return infer.SAPL(backbone, settings)
 
 
 def last_checkpoint(out):
     """The newest whole state of a run, or None. A kill can leave only the one before the last."""
-    return next((p for p in (Path(out, "last.pt"), Path(out, "last.pt.previous")) if p.is_file()), None)
+    names = "last.pt", "last.pt.previous"
+    return next((path for name in names if (path := Path(out, name)).is_file()), None)
 
 
 def resumed(config):
@@ -252,17 +261,19 @@ def resumed(config):
         return config, None
     state, now, default = infer.load_checkpoint(found), vars(config), vars(Config())
     own = state["settings"] | {key: now[key] for key in FREE}
-    if changed := [f"--{key} {now[key]}" for key in now if now[key] not in (default[key], own[key])]:
-        raise ValueError(f"--resume keeps the settings of {found}, found {', '.join(changed)}: leave that "
-                         "out, or start anew with --init and another --out")
+    changed = [f"--{key} {now[key]}" for key in now if now[key] not in (default[key], own[key])]
+    if changed:
+        raise ValueError(f"--resume keeps the settings of {found}, found {', '.join(changed)}: "
+                         "leave that out, or start anew with --init and another --out")
     return Config(**own), state
 
 
 class Run:
-    """All that a training is at a moment; saved as a whole, so that a resumed run is the same run."""
+    """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
 
-    def __init__(self, config, state, device):
-        self.config, self.device, self.signal, self.saved = config, device, 0, time.time()
+    def __init__(self, config, state, device, names):
+        self.config, self.device, self.names = config, device, names
+        self.signal, self.saved = 0, time.time()
         self.now = {"epoch": 0, "step": 0, "sums": [0.0] * 3, "history": [], "bad": []}
         torch.manual_seed(config.seed)
         self.model = (infer.SAPL.load(last_checkpoint(config.out), "cpu", merge=False) if state
@@ -271,8 +282,9 @@ class Run:
         if config.recompute:
             for block in self.model.clip.visual.transformer.resblocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        options = {key: getattr(config, "hecl_" + key) for key in "dim queue tau share top clean".split()}
-        self.hecl = HECL([len(self.model.clip.visual.proj)] * len(self.model.ecpl.levels), **options)
+        self.hecl = HECL([len(self.model.clip.visual.proj)] * len(self.model.ecpl.levels),
+                         dim=config.hecl_dim, queue=config.hecl_queue, tau=config.hecl_tau,
+                         share=config.hecl_share, top=config.hecl_top, clean=config.hecl_clean)
         self.hecl.to(device).requires_grad_(config.hecl > 0)
         self.optimizer = torch.optim.AdamW(self.groups())
         if state:
@@ -283,29 +295,33 @@ class Run:
             torch.set_rng_state(state["rng"])
 
     def groups(self):
-        """AdamW's groups: CLIP's own weights at --lr-clip, what is new at --lr; only matrices decay."""
+        """AdamW's groups: CLIP's own weights at --lr-clip, new ones at --lr; matrices decay."""
         groups, config = {}, self.config
         for name, p in [*self.model.named_parameters(), *self.hecl.named_parameters("hecl")]:
             if p.requires_grad:
                 lr = config.lr_clip if infer.is_backbone(name) else config.lr
                 groups.setdefault((lr, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-        return [{"params": ps, "lr": lr, "base": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()]
+        return [{"params": ps, "lr": lr, "base": lr, "weight_decay": decay}
+                for (lr, decay), ps in groups.items()]
 
     def save(self):
-        mean = {k: p for k, p in self.mean.named_parameters() if p.requires_grad and self.config.ema}
-        self.write("last.pt", self.model, optimizer=self.optimizer.state_dict(), now=self.now, mean=mean,
-                   hecl=self.hecl.state_dict(), rng=torch.get_rng_state())
+        """last.pt: what the training needs to go on, beside the weights."""
+        mean = dict(self.mean.named_parameters()) if self.config.ema else {}
+        mean = {key: p for key, p in mean.items() if p.requires_grad}
+        self.write("last.pt", self.model, optimizer=self.optimizer.state_dict(), now=self.now,
+                   mean=mean, hecl=self.hecl.state_dict(), rng=torch.get_rng_state())
         self.saved = time.time()
 
     def write(self, name, model, **state):
-        """Write a checkpoint. On a full disk: OSError in one line, and the one that was there stays."""
+        """Write a checkpoint; on a full disk OSError in one line, what was there stays."""
         path = Path(self.config.out, name)
         try:
             infer.save_checkpoint(path, model, settings=vars(self.config), **state)
         except (OSError, RuntimeError) as error:
             path.with_name(name + ".part").unlink(missing_ok=True)
-            raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); the last good one is kept "
-                          f"({last_checkpoint(path.parent)}): make room, then --resume") from error
+            reason, last = str(error).splitlines()[0], last_checkpoint(path.parent)
+            raise OSError(f"cannot write {path} ({reason}); the last good one is kept ({last}): "
+                          "make room, then go on with --resume") from error
 
 
 # --------------------------------------------------------------------- validation, log, curves
@@ -319,8 +335,8 @@ def validate(run, dataset):
     for image, labels, _, _ in load(dataset, [part.tolist() for part in plan], run.config):
         output = run.mean(image.to(run.device))
         maps = output.probability.flatten(1).cpu()                               # (B, N)
-        rows += torch.stack([labels, output.score_logit.cpu(), maps.mean(1), maps.amin(1), maps.amax(1)],
-                            dim=1).tolist()
+        rows += torch.stack([labels, output.score_logit.cpu(), maps.mean(dim=1), maps.amin(dim=1),
+                             maps.amax(dim=1)], dim=1).tolist()
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, rows)
@@ -328,13 +344,14 @@ def validate(run, dataset):
     labels, logits, mean, low, high = np.array(rows).T
     return {"val_loss": float(np.logaddexp(0, np.where(labels > 0, -logits, logits)).mean()),
             "val_auc": float(infer.rank_auc(logits, labels)),
-            "map_genuine": mean[labels == 0].mean().item(), "map_manipulated": mean[labels == 1].mean().item(),
+            "map_genuine": mean[labels == 0].mean().item(),
+            "map_manipulated": mean[labels == 1].mean().item(),
             "map_low": low.min().item(), "map_high": high.max().item()}
 
 
 def log(row, history, out):
     """Print an epoch in one line; log.csv and curves.png are made anew from all rows so far."""
-    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     with open(Path(out, "log.csv"), "w", newline="") as file:
         table = csv.DictWriter(file, row)
         table.writeheader()
@@ -342,7 +359,8 @@ def log(row, history, out):
     curves(history).save(Path(out, "curves.png"))
     if row["map_high"] < 0.5 or row["map_low"] > 0.5:
         print(f"warning: the maps are all {int(row['map_low'] > 0.5)} on the validation pictures "
-              f"({row['map_low']:.2f} to {row['map_high']:.2f}): train on, or change --lr", file=sys.stderr)
+              f"({row['map_low']:.2f} to {row['map_high']:.2f}): train longer, or change --lr",
+              file=sys.stderr)
 
 
 def curves(history, width=640, height=200):
@@ -373,16 +391,18 @@ def ranks():
 
 def schedule(done, warmup):
     """Factor of the learning rate at a share `done` of the training: a rise, then half a cosine."""
-    return done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
+    if done < warmup:
+        return done / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
 
 
 def train_step(run, objective, pictures, done):
     """One step of the optimizer, at a share `done` of the training -> whether to stop after it."""
-    config, now, world, indices = run.config, run.now, ranks()[1], []
-    total = torch.zeros(5, device=run.device)                  # three losses, gradient, told to stop
+    config, now, world, names = run.config, run.now, ranks()[1], []
+    total = torch.zeros(5, device=run.device)            # three losses, gradient, told to stop
     for part in range(config.accumulate):
         image, labels, numbers, bad = next(pictures)
-        indices += numbers
+        names += [run.names[i] if run.names else f"number {i}" for i in numbers]
         for message in set(bad) - set(now["bad"]):
             now["bad"].append(message)
             print(f"skipped {message}", file=sys.stderr)
@@ -395,17 +415,18 @@ def train_step(run, objective, pictures, done):
         total[:3] += losses.detach() / config.accumulate
     for group in run.optimizer.param_groups:
         group["lr"] = group["base"] * schedule(done, config.warmup)
-    total[3] = nn.utils.clip_grad_norm_([p for g in run.optimizer.param_groups for p in g["params"]], 1.0)
-    total[4] = run.signal
+    weights = [p for group in run.optimizer.param_groups for p in group["params"]]
+    total[3], total[4] = nn.utils.clip_grad_norm_(weights, 1.0), run.signal      # ours: length 1
     if world > 1:
         dist.all_reduce(total)
     *values, stop = (total / world).tolist()
     if len(now["bad"]) > config.bad_limit:
-        raise ValueError(f"{len(now['bad'])} unreadable pictures, --bad-limit is {config.bad_limit}: look at "
-                         "the data with `python data.py FOLDER`, or raise it")
+        raise ValueError(f"{len(now['bad'])} unreadable pictures, --bad-limit is "
+                         f"{config.bad_limit}: look with `python data.py FOLDER`, or raise it")
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch {now['epoch'] + 1}, step "
-                         f"{now['step'] + 1}, pictures {indices}: lower --lr or look at them; the last good "
+        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch "
+                         f"{now['epoch'] + 1}, step {now['step'] + 1}, pictures "
+                         f"{', '.join(names)}: lower --lr or look at them; the last good "
                          f"checkpoint is {last_checkpoint(config.out)}")
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -419,7 +440,8 @@ def train_step(run, objective, pictures, done):
 
 def run_epoch(run, objective, train_set, val_set):
     """What is left of an epoch, then its validation and its row of the log."""
-    config, now, (rank, world), began, first = run.config, run.now, ranks(), time.time(), run.now["step"]
+    config, now, (rank, world) = run.config, run.now, ranks()
+    began, first = time.time(), now["step"]
     plan = batches(getattr(train_set, "labels", None), len(train_set), config, now["epoch"])
     mine = plan.reshape(len(plan), config.accumulate, world, -1)[:, :, rank]     # (steps, parts, B)
     train_set.set_epoch(now["epoch"])
@@ -452,33 +474,38 @@ def run_epoch(run, objective, train_set, val_set):
 def train(config):
     """Train as `config` says -> path of the best checkpoint, by image labels of held-out pictures.
 
-    Raises ValueError or OSError with one line; SystemExit 130 or 143 after SIGINT or SIGTERM, all saved.
+    Raises ValueError or OSError with one line; after SIGINT or SIGTERM SystemExit 130 or 143.
     """
     device = infer.pick_device(config.device)
-    if "RANK" in os.environ and not dist.is_initialized():                       # started by torchrun
+    if "RANK" in os.environ and not dist.is_initialized():         # started by torchrun
         if device.type == "cuda":
-            torch.cuda.set_device(device := torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     (rank, world), (config, state) = ranks(), resumed(config)
     if config.batch % (unit := config.accumulate * world * config.mosaic ** 2):
-        raise ValueError(f"--batch {config.batch} is not a multiple of accumulate x processes x mosaic^2 = {unit}")
-    train_set, val_set, genuine = make_sets(config)
-    run = Run(config, state, device)
+        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} = "
+                         "--accumulate x processes x --mosaic^2")
+    train_set, val_set, names, genuine = make_sets(config)
+    run = Run(config, state, device, names)
     labels = getattr(train_set, "labels", [0, 1])
-    objective = Objective(run.model, run.hecl, config, labels.count(0) / labels.count(1)).to(device)
+    balance = labels.count(0) / labels.count(1)
+    objective = Objective(run.model, run.hecl, config, balance).to(device)
     if world > 1:        # unused: what of CLIP the map does not need, such as the last class token
-        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=config.tune == "full")
+        objective = nn.parallel.DistributedDataParallel(
+            objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
-        print(f"{len(train_set)} pictures to train, {len(val_set)} to validate, on {device} x {world}; epoch "
-              f"{run.now['epoch'] + 1}, step {run.now['step'] + 1}", flush=True)
+        print(f"{len(train_set)} pictures to train, {len(val_set)} to validate, on {device} x "
+              f"{world}; epoch {run.now['epoch'] + 1}, step {run.now['step'] + 1}", flush=True)
 
     def on_signal(number, frame):
         if run.signal:
-            raise SystemExit(128 + number)                      # told twice: at once, without saving
+            raise SystemExit(128 + number)              # told twice: at once, without saving
         run.signal = number
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         while run.now["epoch"] < config.epochs:
             run_epoch(run, objective, train_set, val_set)
@@ -491,7 +518,7 @@ def train(config):
 
 
 def calibrate(run, genuine, share=0.05):
-    """Threshold of best.pt: above it lie `share` of the pixels of genuine validation pictures (ours)."""
+    """Threshold of best.pt (ours): above it lie `share` of the pixels of genuine pictures."""
     path, values = Path(run.config.out, "best.pt"), []
     model, state = infer.SAPL.load(path, run.device, merge=False), infer.load_checkpoint(path)
     for picture in genuine:
