@@ -6,7 +6,7 @@
 
 Shapes: B images, h, w patch grid, H, W pixels. A map is in [0, 1], 1 = manipulated.
 """
-import argparse, base64, contextlib, csv, glob, html, io, json, math, os, pickle, sys, time
+import argparse, base64, csv, glob, html, io, json, math, os, pickle, sys, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -66,12 +66,11 @@ def load_checkpoint(path):
                                 "FOLDER`, then name its best.pt with --checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = f"format {state['format']}"
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
-        state, found = {}, f"{type(error).__name__} while reading it"
-    if not {"config", "clip", "model", "threshold"} <= set(state) or state["format"] != 1:
-        raise ValueError(f"{path} is not a SAPL checkpoint of format 1 ({found}): use a file that "
-                         "train.py wrote, or its copy that ends in .previous")
+        assert state["format"] == 1 and {"config", "clip", "model", "threshold"} <= state.keys()
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError,
+            AttributeError, AssertionError) as error:
+        raise ValueError(f"{path} is not a SAPL checkpoint of format 1 ({type(error).__name__}): use "
+                         "a file that train.py wrote, or its copy ending in .previous") from error
     return state
 
 
@@ -128,19 +127,13 @@ class SAPL(nn.Module):
     def load(cls, path=None, device="auto", merge=True):
         """The model of a checkpoint (None: the shipped weights/tiny.pt), in eval mode.
 
-        merge: fold LoRA into the weights; False to train on. Raises OSError or ValueError of one line.
+        merge: fold LoRA into the weights; False to train on. OSError or ValueError of one line.
         """
         state = load_checkpoint(path or SHIPPED)
         config, backbone = state["config"], state["clip"]
-        if "name" in backbone:
-            model = clip.load(backbone["name"])
-            if model.sha256 != backbone["sha256"]:
-                raise ValueError(f"{path} needs {model.name} with SHA-256 {backbone['sha256']}, found "
-                                 f"{model.sha256}: fetch that file again")
-        else:
-            model = clip.build(backbone)
-            model.name, model.sha256 = config["clip"], ""
         try:
+            model = clip.load(backbone["name"]) if "name" in backbone else clip.build(backbone)
+            model.name, model.sha256 = config["clip"], backbone.get("sha256", "")
             model = cls(model, config)
             own = {key: value for key, value in model.state_dict().items() if is_backbone(key)}
             model.load_state_dict(own | state["model"])
@@ -175,6 +168,8 @@ class SAPL(nn.Module):
         the patches do not cover, less than half a patch on every side, is left out.
         """
         p, (W, H) = self.clip.visual.patch_size, picture.size
+        if max(W, H) <= self.config["max_side"]:
+            return grid
         most, rows, columns = self.config["max_side"] // p, max(1, H // p), max(1, W // p)
         h, w = min(most, rows), min(most, columns)
         starts = [np.linspace(0, n - t, 1 + math.ceil((n - t) / (0.75 * t))).astype(int)
@@ -193,8 +188,8 @@ class SAPL(nn.Module):
     def predict(self, images, pictures=None):
         """Views of one size -> [(grid (h, w) in [0, 1], score)]. pictures: PIL images to be tiled."""
         grids, scores = self.answer(torch.stack(images))                              # (B, h, w), (B,)
-        large = [pictures and max(picture.size) > self.config["max_side"] for picture in pictures or grids]
-        grids = [self.tiles(pictures[i], grid) if large[i] else grid for i, grid in enumerate(grids)]
+        if pictures:
+            grids = [self.tiles(*each) for each in zip(pictures, grids)]
         return zip(grids, scores.tolist())
 
     def result(self, size, grid, score, raw):
@@ -229,24 +224,21 @@ def stream(model, sources, opener, raw, tiles):
             return [(source, pool.submit(lambda source=source: model.view(opener(source))))
                     for source in islice(sources, 4 * BATCH)]
         following = ahead()
-        while following:
-            window, following, groups, answers = following, ahead(), defaultdict(list), {}
+        while window := following:
+            following, groups, answers = ahead(), defaultdict(list), {}
             for i, (_, future) in enumerate(window):
                 if not isinstance(future.exception(), BAD):
                     groups[future.result()[1].shape].append(i)
             for some in (g[k:k + BATCH] for g in groups.values() for k in range(0, len(g), BATCH)):
-                start = time.perf_counter()
-                pictures = tiles and [opener(window[i][0]) for i in some]
+                start, pictures = time.time(), tiles and [opener(window[i][0]) for i in some]
                 found = model.predict([window[i][1].result()[1] for i in some], pictures)
-                seconds = (time.perf_counter() - start) / len(some)
-                answers.update((i, (*answer, seconds)) for i, answer in zip(some, found))
+                answers.update((i, (*each, (time.time() - start) / len(some))) for i, each in zip(some, found))
             for i, (source, future) in enumerate(window):
                 *answer, seconds = answers.get(i, [0.0])
                 try:
-                    result = model.result(future.result()[0], *answer, raw)
+                    yield source, model.result(future.result()[0], *answer, raw), seconds
                 except BAD as error:
-                    result = error
-                yield source, result, seconds
+                    yield source, error, seconds
 
 
 # -------------------------------------------------------------------------------------- metrics
@@ -381,25 +373,23 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
 
 def print_table(name, summary):
     """One set's summary on the screen, the baselines beside."""
-    s, columns = summary, {"model": summary} | summary["baselines"]
-    print(f"\n{name}: n {s['n']} ({s['n_manipulated']} manipulated, {s['n_masks']} with a mask), left "
-          f"out: {s['excluded'] or 'none'}, threshold {s['threshold']:g}\n{'':20}"
-          + "".join(f"{column:>10}" for column in columns))
-    for metric in [key for key in s if "_" in key and key[:2] != "n_"]:
-        shown = [f"{value:.3f}" if isinstance(value, float) else "null" if metric in each else ""
-                 for each in columns.values() for value in [each.get(metric)]]
-        print(f"{metric:20}" + "".join(f"{text:>10}" for text in shown) + "  oracle" * ("best" in metric))
+    columns = {"model": summary} | summary["baselines"]
+    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in list(summary)[:6]))
+    print(" " * 20 + "".join(f"{column:>10}" for column in columns))
+    for metric in list(summary)[6:-1]:
+        cells = [each.get(metric, "") for each in columns.values()]
+        cells = ["null" if x is None else x if x == "" else f"{x:.3f}" for x in cells]
+        print(f"{metric:20}" + "".join(f"{x:>10}" for x in cells), "oracle" * ("best" in metric))
 
 
 def plot_robustness(path, rows):
-    """Draw pixel_f1 (red) and image_auc (blue), 0 to 1, over the settings of ATTACKS; mean of sets."""
+    """Draw pixel_f1 (red) and image_auc (blue), 0 to 1, mean over the sets, for each attack."""
     image = Image.new("RGB", (24 + 50 * len(ATTACKS), 260), "white")
-    draw = ImageDraw.Draw(image)
-    for metric, ink in (("pixel_f1", "#c22"), ("image_auc", "#22c")):
-        for i, attack in enumerate(ATTACKS):
+    for i, attack in enumerate(ATTACKS):
+        ImageDraw.Draw(image).text((12 + 50 * i, 240), attack, fill="black")
+        for metric, ink in (("pixel_f1", "#c22"), ("image_auc", "#22c")):
             y = 230 - 220 * (mean(row[metric] for row in rows if row["attack"] == attack) or 0)
-            draw.text((12 + 50 * i, 240), attack, fill="black")
-            draw.rectangle((12 + 50 * i, y - 3, 52 + 50 * i, y + 3), fill=ink)
+            ImageDraw.Draw(image).rectangle((12 + 50 * i, y - 3, 52 + 50 * i, y + 3), fill=ink)
     image.save(path)
 
 
@@ -441,7 +431,7 @@ def overlay(picture, result, heat):
 REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title><style>
 body{font:15px sans-serif;background:#f4f4f2}main{display:flex;flex-wrap:wrap;gap:1em;align-items:start}
 figure{margin:0;padding:.6em;background:#fff;width:320px;overflow-wrap:anywhere}div{position:relative}
-img{width:100%;display:block}img+img{position:absolute;top:0;opacity:var(--o,1)}.manipulated{color:#b3261e}
+img{width:100%;display:block}img+img{position:absolute;top:0;opacity:var(--o,1)}
 </style><h1>SAPL report</h1><p>picture <input type="range" min="0" max="1" step=".01" value="1"
 oninput="document.body.style.setProperty('--o',this.value)"> overlay, sort by
 <button onclick="sort('score',-1)">score</button> <button onclick="sort('path',1)">path</button>
@@ -450,14 +440,6 @@ oninput="document.body.style.setProperty('--o',this.value)"> overlay, sort by
 .forEach(f=>f.parentNode.append(f))}</script><main>
 """
 FIELDS = ("path", "score", "decision", "threshold", "area", "width", "height", "seconds", "error")
-
-
-def thumbnail(image):
-    """PIL image -> <img> with its data inside."""
-    buffer, small = io.BytesIO(), image.copy()
-    small.thumbnail((480, 480))
-    small.save(buffer, "JPEG", quality=80)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
 def show(folder, name, path, result):
@@ -469,8 +451,14 @@ def show(folder, name, path, result):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for kind, image in images.items():
         image.save(folder / f"{name}_{kind}.png", compress_level=1)
-    return (f'<div>{thumbnail(picture)}{thumbnail(images["overlay"])}</div><b class={result.decision}>'
-            f"{result.decision}</b> {result.score:.3f}, area {result.area:.1%}<br>")
+    thumbnails = ""
+    for image in (picture, images["overlay"]):
+        buffer = io.BytesIO()
+        image.thumbnail((480, 480))
+        image.save(buffer, "JPEG", quality=80)
+        code = base64.b64encode(buffer.getvalue()).decode()
+        thumbnails += f'<img alt="" src="data:image/jpeg;base64,{code}">'
+    return f"<div>{thumbnails}</div><b>{result.decision}</b> {result.score:.3f}, area {result.area:.1%}<br>"
 
 
 # --------------------------------------------------------------------------------- command line
@@ -481,10 +469,9 @@ def collect(arguments, out):
     Below a folder its structure is kept; a name that is taken gets a number.
     """
     found, names, out = [], {}, Path(out or os.devnull).resolve()
-    lines = [line for a in arguments for line in (sys.stdin.read().splitlines() if a == "-" else [a])]
-    for line in lines:
-        there = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
-        for path in map(Path, there or [line]):
+    for line in (x for a in arguments for x in (sys.stdin.read().splitlines() if a == "-" else [a])):
+        several = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
+        for path in map(Path, several or [line]):
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
                       and p.name[0] != "." and not p.is_dir() and out not in p.resolve().parents]
             found += [(p, p.relative_to(path)) for p in inside] if path.is_dir() else [(path, Path(path.name))]
@@ -504,8 +491,8 @@ def parse(arguments=None):
     add("--checkpoint", help="file that train.py wrote; default: the shipped weights/tiny.pt")
     add("--out", help="folder for maps, masks, overlays, results.csv, report.html, metrics.json")
     add("--threshold", type=float, help="of map and score; default: the checkpoint's, 0.5 in --evaluate")
-    add("--json", **switch, help="print one JSON object a line")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--json", **switch, help="print one JSON object a line")
     add("--bf16", **switch, help="compute in bfloat16, for GPUs")
     add("--raw", **switch, help="the map before regions are closed and filled")
     add("--tiles", **switch, help="refine large pictures at their own resolution")
@@ -530,66 +517,65 @@ def write_csv(path, rows):
 
 def run_evaluation(model, args):
     """`--evaluate`: tables, and with --out metrics.json, per_image.csv, robustness.csv and .png."""
-    summaries, images, grid, out = {}, [], [], Path(args.out or ".")
+    summaries, images, grid = {}, [], []
     for name in args.evaluate:
         pictures, report = data.read_set(name)
         bad = sum(problem.startswith("bad file") for problem in report.problems)
         for attack in [args.attack, *ATTACKS * args.robustness]:
-            summary, rows = evaluate(model, pictures, threshold=args.threshold or 0.5, attack=attack,
-                                     raw=args.raw, tiles=args.tiles)
+            summary, rows = evaluate(model, pictures, threshold=0.5 if args.threshold is None else
+                                     args.threshold, attack=attack, raw=args.raw, tiles=args.tiles)
             summary["excluded"] |= {"unreadable": bad} if bad else {}
             print_table(f"{name} {attack or ''}", summary)
             grid.append({"set": name, "attack": attack or "none"} | summary)
             if attack == args.attack:
                 summaries[name] = summary
                 images += [{"set": name} | row for row in rows]
-    print(f"\ncomb_f1, mean over {len(summaries)} sets: {mean(s['comb_f1'] for s in summaries.values())}")
+    print("\ncomb_f1, mean over the sets:", mean(each["comb_f1"] for each in summaries.values()))
     if args.out:
+        out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(summaries, indent=1), encoding="utf-8")
         write_csv(out / "per_image.csv", images)
         if args.robustness:
             write_csv(out / "robustness.csv", grid)
             plot_robustness(out / "robustness.png", grid)
-    return int(any({"unreadable", "no answer"} & set(s["excluded"]) for s in summaries.values()))
+    return int(any({"unreadable", "no answer"} & each["excluded"].keys() for each in summaries.values()))
 
 
 def run_pictures(model, args):
     """Print, and with --out write, the answer for every picture -> exit status 0 or 1."""
-    names, folder, failed, start = collect(args.paths, args.out), Path(args.out or os.devnull), 0, time.time()
+    names, folder, failed, start = collect(args.paths, args.out), Path(args.out or ""), 0, time.time()
+    mode, files = "a" if args.skip_existing else "w", [os.devnull] * 2
+    if args.out:
+        files = folder / "results.csv", folder / "report.html"
+        folder.mkdir(parents=True, exist_ok=True)
     if args.skip_existing:
         names = {n: path for n, path in names.items() if not (folder / f"{n}_overlay.png").exists()}
-    with contextlib.ExitStack() as stack:
-        if args.out:
-            folder.mkdir(parents=True, exist_ok=True)
-            mode = "a" if args.skip_existing else "w"
-            table, report = (stack.enter_context(open(folder / file, mode, newline="", encoding="utf-8"))
-                             for file in ("results.csv", "report.html"))
-            if not table.tell():
-                csv.writer(table).writerow(FIELDS)
-                report.write(REPORT)
+    with (open(files[0], mode, newline="", encoding="utf-8") as table,
+          open(files[1], mode, encoding="utf-8") as report):
+        if not table.tell():
+            csv.writer(table).writerow(FIELDS)
+            report.write(REPORT)
         answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
         for i, (name, (path, result, seconds)) in enumerate(zip(names, answers), start=1):
             row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
             if isinstance(result, Exception):
-                failed, row["error"], shown = 1, str(result), html.escape(str(result))
+                failed, row["error"], shown = 1, str(result), html.escape(f"{result} ")
                 print(f"error: {result}", file=sys.stderr)
             else:
                 row |= {key: value for key, value in result._asdict().items() if key in FIELDS}
                 row["height"], row["width"] = result.map.shape
+                shown = show(folder, name, path, result) if args.out else ""
                 with Image.open(path) as file:
                     if getattr(file, "n_frames", 1) > 1:
                         print(f"note: {path}: first of {file.n_frames} frames", file=sys.stderr)
-                shown = show(folder, name, path, result) if args.out else ""
-            if args.out:
-                csv.DictWriter(table, FIELDS).writerow(row)
-                report.write(f'<figure data-score="{row["score"]}" data-path="{html.escape(str(path))}">'
-                             f"{shown}{html.escape(str(path))}</figure>\n")
-                table.flush(), report.flush()
-            if args.json:
-                print(json.dumps(row), flush=True)
-            elif not row["error"]:
-                print(f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
+            label = html.escape(str(path))
+            report.write(f'<figure data-score="{row["score"]}" data-path="{label}">{shown}{label}</figure>\n')
+            csv.DictWriter(table, FIELDS).writerow(row)
+            report.flush(), table.flush()
+            if args.json or not row["error"]:
+                print(json.dumps(row) if args.json else
+                      f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
             if sys.stderr.isatty() and len(names) > 20:
                 rate = i / (time.time() - start)
                 print(f"{i}/{len(names)}  {rate:.1f} pictures/s  {(len(names) - i) / rate:.0f} s left  ",
