@@ -94,6 +94,7 @@ class Config:
     resume: bool = option(False, "go on from --out, if there is something")
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOSSES = ("loss", "bce", "hecl")
 FREE = {"out", "device", "workers", "save_every", "bad_limit", "resume"}    # may change on --resume
 
@@ -140,10 +141,16 @@ def collate(items):
     return torch.stack(image), torch.tensor(labels), list(indices), sum(bad, [])
 
 
+def deaf(worker):
+    """Ctrl-C and torchrun signal whole groups: loaders go on until their training process ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def load(dataset, plan, config):
     """The batches of a plan, lists of indices, made ahead by --workers processes."""
     return DataLoader(Tolerant(dataset), batch_sampler=plan, collate_fn=collate,
-                      num_workers=config.workers, generator=torch.Generator())
+                      worker_init_fn=deaf, num_workers=config.workers, generator=torch.Generator())
 
 
 def make_sets(config):
@@ -504,8 +511,7 @@ def train(config):
             raise SystemExit(128 + number)              # told twice: at once, without saving
         run.signal = number
 
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = {number: signal.signal(number, on_signal) for number in numbers}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         while run.now["epoch"] < config.epochs:
             run_epoch(run, objective, train_set, val_set)
