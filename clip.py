@@ -358,7 +358,7 @@ def build(state_dict, device="cpu", release=False):
                 vocab_size=vocab_size, transformer_width=transformer_width,
                 transformer_layers=len(blocks) - vision_layers)
     except (LookupError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"not a CLIP with image patches (a ResNet?): {error}") from error
+        raise ValueError(f"no CLIP with patches (a ResNet?), missing or odd: {error}") from error
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in {**expected, **shapes}:
         if (found := shapes.get(key, "none")) != (wanted := expected.get(key, "none")):
@@ -412,13 +412,14 @@ def read_archive(path):
             program = read("data.pkl")
             if any("PUT" in code.name and n > size for code, n, _ in pickletools.genops(program)):
                 raise ValueError("its pickle asks for absurd memory")
-            nodes = [("", Unpickler(io.BytesIO(program)).load())]
+            nodes, seen = [("", Unpickler(io.BytesIO(program)).load())], set()
             for name, node in nodes:                     # grows while we walk
                 if isinstance(node, Stored):
                     found[name[1:]] = node
-                elif isinstance(node, dict) and len(nodes) < 99_999:     # it may hold itself
-                    node = {**node, **getattr(node, "__dict__", {})}
-                    nodes += [(f"{name}.{key}", child) for key, child in node.items()]
+                elif isinstance(node, dict) and id(node) not in seen and len(name) < 200:
+                    seen.add(id(node))                   # it may hold itself
+                    children = {**node, **getattr(node, "__dict__", {})}
+                    nodes += [(f"{name}.{key}", child) for key, child in children.items()]
             found = {k[5:]: v for k, v in found.items() if k.startswith("clip.")} or found
             if sum(math.prod(t.shape) * t.storage[1].itemsize for t in found.values()) > 2 * size:
                 raise ValueError("its tensors claim more than twice its size")
