@@ -1,4 +1,5 @@
 """Speed of each part: python tests/benchmark.py [clip] [data] [infer] [train]"""
+import copy
 import dataclasses
 import functools
 import resource
@@ -14,6 +15,76 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import clip                                                     # noqa: E402 (path first)
 import data                                                     # noqa: E402
 import infer                                                    # noqa: E402
+
+
+def bench_clip(layers=12, width=768):
+    """CLIP with random ViT-B/16 weights, as ratios: image tower, short prompts, reading a file.
+
+    Times are the best of several, taken in turns. The other image tower has the same weights in
+    nn.MultiheadAttention, batch first and without attention weights: PyTorch's fastest form.
+    """
+    import subprocess
+    import tempfile
+    import warnings
+    from test_clip import Official                # a module with OpenAI's names that can be traced
+    device = infer.pick_device("auto")
+    big = device.type == "cuda"
+    torch.manual_seed(0)
+    model = clip.CLIP(embed_dim=512, image_resolution=224, vision_layers=layers, vision_width=width,
+                      vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512,
+                      transformer_layers=layers).eval().requires_grad_(False)
+    print(f"\nCLIP on {device}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
+
+    class Torchs(torch.nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    plain = copy.deepcopy(model.visual)
+    for block in plain.transformer.resblocks:
+        attention = Torchs(width, width // 64, batch_first=True).eval().requires_grad_(False)
+        attention.load_state_dict(block.attn.state_dict())
+        block.attn = attention
+
+    def turns(*calls, repeats=5):
+        """Shortest seconds of each call, in turns, so that a busy machine disturbs all alike."""
+        rounds = [[best_time(call, device, 1) for call in calls] for _ in range(repeats)]
+        return [min(times) for times in zip(*rounds)]
+
+    with torch.inference_mode():
+        for side, batch in ((224, 256 if big else 2), (448, 64 if big else 1)):
+            pixels = torch.randn(batch, 3, side, side, device=device)
+            ours, theirs = model.visual.to(device), plain.to(device)
+            assert torch.allclose(ours(pixels[:1]), theirs(pixels[:1]), atol=1e-3)
+            a, b = turns(lambda: ours(pixels), lambda: theirs(pixels))
+            print(f"  image tower at {side}: {batch / a:.2f} pictures/s, {b / a:.2f} x nn.MultiheadAttention")
+        prompts = torch.randn(256 if big else 4, 77, 512, device=device)
+        model.to(device)
+        a, b = turns(lambda: model.encode_prompts(prompts[:, :20], 19), lambda: model.encode_prompts(prompts, 76))
+        print(f"  prompts of 20 tokens: {len(prompts) / a:.1f}/s, {b / a:.2f} x those of 77")
+        if big:
+            pixels = torch.randn(256, 3, 224, 224, device=device, dtype=torch.bfloat16)
+            matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+            tower = copy.deepcopy(model.visual).bfloat16()
+            a, b = turns(lambda: tower(pixels), lambda: matrix @ matrix)
+            products = 2 * 197 * layers * width * (12 * width + 2 * 197) * len(pixels)
+            print(f"  bf16: {len(pixels) / a:.0f} pictures/s, {products / a / 1e12:.0f} TFLOP/s of matrix "
+                  f"products, {100 * products / a * b / (2 * 8192 ** 3):.0f} % of a plain product's")
+    model, device = model.cpu(), torch.device("cpu")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = f"{folder}/clip.pt"
+        torch.jit.save(torch.jit.trace(Official(model.state_dict()), torch.zeros(1)), path)
+        size = 4 * sum(p.numel() for p in model.parameters())
+        del model, plain
+        a, b, c = turns(lambda: clip.read_archive(path), lambda: torch.jit.load(path).state_dict(),
+                        lambda: clip.load(path), repeats=3)
+        print(f"  archive of {Path(path).stat().st_size >> 20} MiB: read in {a:.2f} s, {b / a:.2f} x as fast as "
+              f"torch.jit.load; into an fp32 model with its hash {c:.2f} s")
+        memory = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)"
+        code = f"import clip, resource; {memory}; model = clip.load({path!r}); {memory}"
+        before, after = map(int, subprocess.run([sys.executable, "-c", code], cwd=Path(clip.__file__).parent,
+                                                capture_output=True, text=True).stdout.split())
+        print(f"  memory to load it: {(after - before) / size:.2f} x the weights in fp32 ({size >> 20} MiB)")
 
 
 def bench_data(size=224, photos=48):
@@ -66,6 +137,36 @@ def bench_data(size=224, photos=48):
             pass
         print(f"  {workers} worker processes: {len(synthetic) / (time.perf_counter() - start):.0f} pictures/s at 64 px")
     torch.set_num_threads(threads)
+
+
+def bench_infer(checkpoint=None):
+    """Inference: seconds for 1 and 4 megapixels, whole and tiled; a folder beside the bare network.
+
+    Without a checkpoint: the shipped model, or random weights of its size if there is none.
+    """
+    if checkpoint or infer.SHIPPED.exists():
+        model = infer.SAPL.load(checkpoint)
+    else:
+        tower = clip.CLIP(embed_dim=192, image_resolution=224, vision_layers=6, vision_width=192, context_length=77,
+                          vision_patch_size=16, vocab_size=514, transformer_width=192, transformer_layers=3)
+        model = infer.SAPL(tower, dict(levels=(2, 4, 6), context=8, class_words=("ge", "ma"), edge_source="image",
+                                       prompts="edges", dense=None, rho=0.1, tune="none", max_side=1024)).eval()
+    device = model.ecpl.bias.device
+    print(f"\nInference on {device}, {torch.get_num_threads()} threads, views of at most {model.config['max_side']}")
+    photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for width, height in ((1200, 800), (2400, 1600)):
+        picture = data.Image.fromarray(photo).resize((width, height))
+        for tiles in (False, True):
+            seconds = best_time(lambda: model.localize(picture, tiles=tiles), device, 2 if not tiles else 1)
+            print(f"  {width}x{height} {'tiles' if tiles else 'whole'}: {seconds:.2f} s")
+    pictures = [data.Image.fromarray(photo).resize((448, 320)) for _ in range(48)]
+    images = [model.view(picture)[1] for picture in pictures]
+    bare = best_time(lambda: [list(model.predict(images[k:k + infer.BATCH])) for k in range(0, 48, infer.BATCH)],
+                     device, 2)
+    whole = best_time(lambda: list(infer.stream(model, pictures, infer.open_picture, False, False)), device, 2)
+    print(f"  448x320: bare network {48 / bare:.1f} pictures/s, from picture to map {48 / whole:.1f} "
+          f"({whole / bare:.2f} times as long)")
+    print(f"  peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
 def bench_train(device="auto"):
@@ -150,14 +251,16 @@ def flat(levels_and_features):
 
 
 def best_time(call, device, repeats=4):
-    """Shortest seconds of a call, after one to warm up: others may be using the machine."""
-    times = []
+    """Shortest seconds of a call, after one to warm up. On one CPU thread processor time is taken,
+    which other programs disturb less."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    times, clock = [], time.process_time if alone else time.perf_counter
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        began = clock()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return min(times[1:])
 
 
