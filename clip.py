@@ -163,26 +163,28 @@ class Transformer(nn.Sequential):
 
 
 class Stem(nn.Sequential):
-    """Ours, not OpenAI's: a high-pass view and stride-2 convolutions before the patch embedding.
+    """Ours, not OpenAI's: a second eye, stride-2 convolutions on what a small blur takes away.
 
-    Small regions differ in noise and compression more than in colour, which a patch embedding
-    learned from few pictures misses. Only the shipped tiny model has a stem.
+    Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
+    sees. Added to it, from zero at first. Only the shipped tiny model has a stem.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, width):
         layers = []
-        for width, out in zip((6, *channels), channels):
+        for inner, out in zip((3, *channels), (*channels, width)):
             k = 3 if layers else 5
-            layers += [nn.Conv2d(width, out, k, stride=2, padding=k // 2), nn.GELU()]
-        super().__init__(*layers)
+            layers += [nn.Conv2d(inner, out, k, stride=2, padding=k // 2), nn.GELU()]
+        super().__init__(*layers[:-1])
+        nn.init.zeros_(self[-1].weight)
+        nn.init.zeros_(self[-1].bias)
 
     def forward(self, pixels):
-        """pixels (B, 3, H, W) -> (B, channels[-1], H / 2^n, W / 2^n) for n channels."""
+        """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
         row = pixels.new_tensor([1.0, 2.0, 1.0])
         blur = (row[:, None] * row / 16).expand(3, 1, 3, 3)
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        high_pass = 4 * (pixels - F.conv2d(padded, blur, groups=3))  # ours: about the pixels' range
-        return super().forward(torch.cat([pixels, high_pass], dim=1))
+        residual = pixels - F.conv2d(padded, blur, groups=3)                   # (B, 3, H, W)
+        return super().forward((8 * residual).tanh())  # ours: 8, so noise counts and edges saturate
 
 
 class VisionTransformer(nn.Module):
@@ -191,9 +193,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
         self.patch_size = patch_size
-        self.stem = Stem(stem) if stem else nn.Identity()
-        inner = patch_size // 2 ** len(stem)        # what the stem leaves of the patch
-        self.conv1 = nn.Conv2d(stem[-1] if stem else 3, width, inner, stride=inner, bias=False)
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.stem = Stem(stem, width) if stem else None
         scale, tokens = width ** -0.5, (resolution // patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
@@ -222,7 +223,10 @@ class VisionTransformer(nn.Module):
     def embed(self, pixels):
         """pixels (B, 3, H, W) -> tokens before the first block (B, 1 + N, Dv), class first."""
         h, w = self.grid(pixels)
-        x = self.conv1(self.stem(pixels)).flatten(2).transpose(1, 2)           # (B, N, Dv)
+        x = self.conv1(pixels)                                                 # (B, Dv, h, w)
+        if self.stem:
+            x = x + self.stem(pixels)
+        x = x.flatten(2).transpose(1, 2)                                       # (B, N, Dv)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, Dv)
         return self.ln_pre(x + self.positions(h, w))
 
@@ -344,10 +348,10 @@ def build(state_dict, device="cpu", release=False):
     shapes = {key: tuple(value.shape) for key, value in state_dict.items() if key not in notes}
     try:
         stem = [shapes.get(f"visual.stem.{2 * i}.weight", ()) for i in range(8)]
-        stem = tuple(shape[0] for shape in stem if shape)
+        stem = tuple(shape[0] for shape in stem if shape)[:-1]                 # the last is Dv
         blocks = [key for key in shapes if key.endswith(".ln_1.weight")][:99]
         vision_layers = sum(key.startswith("visual.") for key in blocks)
-        patch = shapes["visual.conv1.weight"][-1] * 2 ** len(stem)
+        patch = shapes["visual.conv1.weight"][-1]
         side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)        # without the class
         vocab_size, transformer_width = shapes["token_embedding.weight"]
         with torch.device("meta"):                                             # takes no memory

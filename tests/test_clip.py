@@ -431,8 +431,9 @@ def test_the_stem_and_any_size_are_inferred():
     sizes = dict(embed_dim=32, image_resolution=96, vision_layers=2, vision_width=64,
                  vision_patch_size=16, context_length=20, vocab_size=514, transformer_width=64,
                  transformer_layers=1)
-    for stem in ((), (8,), (8, 16, 24)):
+    for stem in ((), (8, 16, 24)):
         model = clip.CLIP(**sizes, stem=stem).eval()
+        torch.nn.init.normal_(model.visual.conv1.weight if not stem else model.visual.stem[-1].weight)
         copy = clip.build(model.state_dict())
         assert copy.visual.patch_size == 16 and copy.context_length == 20
         pixels = torch.randn(2, 3, 32, 48)
