@@ -298,7 +298,7 @@ def test_what_is_done_survives_an_interruption(zoo, checkpoint, tmp_path, monkey
 def test_the_real_command(zoo, checkpoint, tmp_path):
     command = [sys.executable, ROOT / "infer.py"]
     listed = subprocess.run([*command, "-", "--checkpoint", checkpoint], capture_output=True, text=True,
-                            input=f"{zoo}/grey.png\n{zoo}/a b ü 图.png\n", timeout=60)
+                            input=f"{zoo}/grey.png\n{zoo}/a b ü 图.png\n", timeout=300)
     assert listed.returncode == 0, listed.stderr
     assert [line.split("  ")[0] for line in listed.stdout.splitlines()] == [f"{zoo}/grey.png", f"{zoo}/a b ü 图.png"]
 
