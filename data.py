@@ -9,8 +9,7 @@ import io
 import json
 import re
 import sys
-import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOp
 from torch.utils.data import Dataset
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+MAX_PIXELS = 200_000_000      # ours: 600 MB decoded; a header that claims more is refused
 
 
 # ---------------------------------------------------------------------------------- one picture
@@ -31,14 +31,14 @@ class BadPicture(ValueError):
 
 @contextmanager
 def opened(path):
-    """An image file, header read, pixels not yet; refused above twice Pillow's limit (179 million)."""
+    """An image file, only its header read; every failure, in the body too, becomes BadPicture."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS              # by itself Pillow refuses from 179 million on
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"found {image.size} pixels, expected {MAX_PIXELS} at most")
+            yield image
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise BadPicture(f"{path}: {error}".splitlines()[0]) from error
 
 
@@ -49,8 +49,7 @@ def to_rgb(image):
         values = values / 257 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -62,41 +61,33 @@ def open_image(path):
 
 def to_tensor(image):
     """PIL RGB image or (H, W, 3) uint8 array -> (3, H, W) float32 in [0, 1]."""
-    array = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return array.permute(2, 0, 1).contiguous().float().div_(255)
+    array = np.array(image, dtype=np.uint8).transpose(2, 0, 1)           # (3, H, W)
+    return torch.from_numpy(np.ascontiguousarray(array)).float().div_(255)
 
 
 def jpeg(image, quality, dx=0, dy=0, subsampling=0):
     """Encode and decode a PIL RGB image, its 8x8 grid shifted by (dx, dy) pixels."""
-    if dx or dy:
-        padding = ((dy, 0), (dx, 0), (0, 0))
-        image = Image.fromarray(np.pad(np.asarray(image), padding, mode="edge"))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    return Image.open(buffer).convert("RGB").crop((dx, dy, image.width, image.height))
+    padded, buffer = np.pad(image, ((dy, 0), (dx, 0), (0, 0)), mode="edge"), io.BytesIO()
+    Image.fromarray(padded).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    return Image.open(buffer).convert("RGB").crop((dx, dy, padded.shape[1], padded.shape[0]))
 
 
 def add_noise(image, sigma, rng):
-    """Gaussian noise of standard deviation sigma (levels of 0-255) on an RGB image."""
+    """Gaussian noise of standard deviation sigma (levels of 0-255) on a PIL RGB image."""
     noise = rng.standard_normal((image.height, image.width, 3), dtype=np.float32) * sigma
     return Image.fromarray((np.asarray(image) + noise + 0.5).clip(0, 255).astype(np.uint8))
 
 
 def attack(image, spec):
-    """A PIL RGB image after "jpeg:QUALITY", "blur:KERNEL" or "noise:VARIANCE" (0-255 scale).
-
-    The kernel's sigma is OpenCV's; the noise is the same in every run. Source: IMDL-BenCo.
-    """
+    """PIL RGB image after "jpeg:QUALITY", "blur:KERNEL" or "noise:VARIANCE", as in IMDL-BenCo."""
     found = re.fullmatch("(jpeg|blur|noise):([1-9][0-9]?|100)", spec)
     if not found:
         raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or "
                          "noise:VARIANCE with a number from 1 to 100, for example jpeg:70")
     value = int(found[2])
-    if found[1] == "jpeg":
-        return jpeg(image, value, subsampling=2)
-    if found[1] == "blur":
-        return image.filter(ImageFilter.GaussianBlur(0.3 * ((value - 1) / 2 - 1) + 0.8))
-    return add_noise(image, value ** 0.5, np.random.default_rng(0))
+    return {"jpeg": lambda: jpeg(image, value, subsampling=2),
+            "blur": lambda: image.filter(ImageFilter.GaussianBlur(0.35 + 0.15 * value)),  # OpenCV's
+            "noise": lambda: add_noise(image, value ** 0.5, np.random.default_rng(0))}[found[1]]()
 
 
 # -------------------------------------------------------------------------- a data set on disk
@@ -111,18 +102,14 @@ class Picture(NamedTuple):
     inverted: bool = False        # the mask is black where manipulated
 
 
-class Report(NamedTuple):
-    """What `read_set` met: layout, number of files outside it, problems as "kind: details"."""
-    layout: str
-    ignored: int
-    problems: list
+Report = namedtuple("Report", "layout ignored problems")      # ignored: number of other files
 
 
 # How the end of a path below the root looks, in lower case, without extension. A mask and its
 # picture agree in the groups. The first row that fits half of the files is taken.
 LAYOUTS = {   # name: (genuine, manipulated, mask, scene)
     "CASIA": ("au_[^/]*", "([st]p_[^/]*)", "([st]p_[^/]*)_gt",
-              r"(?:.*_)?([a-z]{3})_?(\d{4,5})[^a-z/]*"),     # of two the last, the background
+              r"(?:(?:.*_)?([a-z]{3})_?(\d{4,5})[^a-z/]*|(.*))"),   # of two the last: background
     "Columbia": ("4cam_auth/[^/]*", "4cam_splc/([^/]*)", "4cam_splc/edgemask/(.*)_edgemask",
                  "([^/]*)"),
     "COVERAGE": (r"image/\d+", r"image/(\d+)t", r"mask/(\d+)forged", r"(\d+)t?"),
@@ -133,71 +120,57 @@ LAYOUTS = {   # name: (genuine, manipulated, mask, scene)
 }
 
 
-def groups(pattern, name):
-    """What the groups of a LAYOUTS pattern match at the end of a path, or None."""
-    match = re.search(f"(?:^|/){pattern}$", name)
-    return match and match.groups()
-
-
 def read_folder(root):
     """A folder in one of LAYOUTS -> (pictures, report); in none of them: pictures, no labels."""
-    files = [file for file in sorted(root.rglob("*")) if file.suffix.lower() in EXTENSIONS
-             and not any(part.startswith(".") for part in file.relative_to(root).parts)]
-    names = {file: file.relative_to(root).with_suffix("").as_posix().lower() for file in files}
-    for layout, patterns in LAYOUTS.items():
-        roles = {}                    # file: (0 genuine, 1 manipulated, 2 mask; groups); masks win
-        for role in (1, 0, 2):
-            found = {file: groups(patterns[role], name) for file, name in names.items()}
-            roles |= {file: (role, key) for file, key in found.items() if key is not None}
+    names = {file: file.relative_to(root).with_suffix("").as_posix().lower()
+             for file in sorted(root.rglob("*")) if file.suffix.lower() in EXTENSIONS}
+    names = {file: name for file, name in names.items() if "/." not in f"/{name}"}    # not hidden
+    for layout, (*patterns, scene) in LAYOUTS.items():
+        found = [(file, role, match.groups()) for role in (1, 0, 2) for file, name in names.items()
+                 if (match := re.search(f"(?:^|/){patterns[role]}$", name))]
+        roles = {file: (role, key) for file, role, key in found}         # a mask is no picture
         count = Counter(role for role, _ in roles.values())
-        if 2 * len(roles) >= len(files) > 0 and (layout != "IMD2020" or count[0] + count[2]):
+        if 2 * len(roles) >= len(names) > 0 and (layout != "IMD2020" or count[0] + count[2]):
             break
     else:
-        return [Picture(file, None) for file in files], Report("no labels", 0, [])
+        return [Picture(file, None) for file in names], Report("no labels", 0, [])
     pictures, problems, first = [], [], {}
-    for file in sorted(roles):
-        if first.setdefault(roles[file], file) != file and roles[file][0]:
-            kind = "duplicate, not used" if roles[file][0] == 2 else "duplicate, both used"
-            problems.append(f"{kind}: {file} beside {first[roles[file]]}")
-    for file, (role, key) in sorted(roles.items()):
+    for file, (role, key) in sorted(roles.items(), key=lambda item: -item[1][0]):    # masks first
         mask = first.get((2, key)) if role == 1 else None
-        if role == 2 and (1, key) not in first:
-            problems.append(f"mask without picture: {file}")
+        if role and first.setdefault((role, key), file) != file:
+            problems.append(f"duplicate: {file} beside {first[role, key]}")
         if role == 1 and count[2] and not mask:
             problems.append(f"no mask: {file}")
         if role < 2:
-            scene = "".join(groups(patterns[3], names[file]) or names[file])
-            pictures.append(Picture(file, role, mask, scene, layout))
-    return pictures, Report(layout, len(files) - len(roles), problems)
+            source = "".join(re.search(f"(?:^|/){scene}$", names[file]).groups(""))
+            pictures.append(Picture(file, role, mask, source, layout))
+    problems += [f"mask without picture: {file}" for (role, key), file in first.items()
+                 if role == 2 and (1, key) not in first]
+    return sorted(pictures), Report(layout, len(names) - len(roles), problems)
 
 
 def read_list(file):
-    """A list -> (pictures, report). JSON of IMDL-BenCo [[image, mask or "Negative"], ..] or WSCL
-    {id: {path, label, mask}, ..}, CSV with header, or MVSS-Net text "image mask label"."""
-    text = file.read_text(encoding="utf-8-sig")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """A list in one of the formats below -> (pictures, report); paths start at its folder."""
     try:
-        if file.suffix.lower() == ".json":
-            rows = json.loads(text)
-            if isinstance(rows, dict):
-                rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()]
-            else:
-                rows = [(image, mask, mask != "Negative") for image, mask in rows]
-        elif file.suffix.lower() == ".csv":
-            rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(lines)]
-        else:
-            rows = [line.split("\t") if "\t" in line else line.rsplit(maxsplit=2) for line in lines]
+        rows = file.read_text(encoding="utf-8-sig").splitlines()
+        if file.suffix.lower() == ".csv":                      # image,label,mask
+            rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(rows)]
+        elif file.suffix.lower() != ".json":                   # MVSS-Net: image mask label
+            rows = [line.rsplit(maxsplit=2) for line in rows if line.strip()]
+        elif isinstance(rows := json.loads("".join(rows)), list):        # IMDL-BenCo
+            rows = [(image, mask, mask != "Negative") for image, mask in rows]
+        else:                                                  # WSCL: {id: {path, label, mask}}
+            rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()]
         rows = [(file.parent / path, mask, [0, 1].index(int(label))) for path, mask, label in rows]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"found {file}, which cannot be read ({error!r}), expected CSV with the "
                          "header image,label,mask, text 'image mask label', or JSON") from None
-    pictures, problems = {}, []
+    pictures = {}
     for path, mask, label in rows:
-        if path in pictures:
-            problems.append(f"duplicate, used once: {path}")
         mask = file.parent / mask if label and mask not in (None, "", "None", "Negative") else None
         pictures.setdefault(path, Picture(path, label, mask, path.stem.lower()))
-    return list(pictures.values()), Report("list", 0, problems)
+    repeated = [path for path, times in Counter(row[0] for row in rows).items() if times > 1]
+    return list(pictures.values()), Report("list", 0, [f"duplicate: {path}" for path in repeated])
 
 
 def picture_size(path):
@@ -207,46 +180,36 @@ def picture_size(path):
         return (image.size if turn >= 5 else image.size[::-1]), turn
 
 
-def read_set(path, need_both=False, masks=True):
-    """A folder or list -> (pictures, report); every header is checked, bad files are left out.
-
-    masks: False leaves them out unopened, as for training.
-    Raises ValueError: path missing, no pictures, or (need_both) one class missing.
-    """
+def read_set(path, masks=True):
+    """A folder or list -> (pictures, report) without bad files; ValueError if none is left."""
     root = Path(path)
     if not root.exists():
         raise ValueError(f"found no {root}, expected a folder or list of pictures: check the path")
     entries, report = read_folder(root) if root.is_dir() else read_list(root)
-    pictures = []
+    pictures, white = [], []                            # white: its share in the first masks
     for picture in entries if masks else [entry._replace(mask=None) for entry in entries]:
         try:
             size, _ = picture_size(picture.path)
-            mask_size = picture_size(picture.mask)[0] if picture.mask else size
-            if mask_size != size:
-                change = "turned" if mask_size == size[::-1] else "resized"
+            if picture.mask and (found := picture_size(picture.mask)[0]) != size:
+                change = "turned" if found == size[::-1] else "resized"
                 report.problems.append(f"mask of another size, will be {change}: {picture.mask}")
+            if picture.mask and len(white) < 16:
+                white.append(read_mask(picture).mean())
             pictures.append(picture)
         except BadPicture as error:
             report.problems.append(f"bad file: {error}")
-    count = Counter(picture.label for picture in pictures)
-    if not pictures or need_both and not (count[0] and count[1]):
-        raise ValueError(f"found {count[0]} genuine and {count[1]} manipulated pictures in {root}, "
-                         f"expected {'both' if need_both else 'some'}: folders au/, tp/ or a list")
-    masked = [picture for picture in pictures if picture.mask]
-    looks = [read_mask(picture).mean() for picture in masked[::len(masked) // 16 + 1]]
-    if looks and np.mean(looks) > 0.5:         # NIST16 and DSO-1 are published black = manipulated
-        if re.search(r"(?<![a-z])(nist|nc2016|dso|splicing-)", str(masked[0].mask).lower()):
+    if not pictures:
+        raise ValueError(f"found no pictures in {root}, expected some: folders au/, tp/ or a list")
+    if white and np.mean(white) > 0.5:         # NIST16 and DSO-1 are published black = manipulated
+        paths = " ".join(str(picture.mask) for picture in pictures).lower()
+        if re.search(r"(?<![a-z])(nist|nc2016|dso|splicing-)", paths):
             return [picture._replace(inverted=True) for picture in pictures], report
-        report.problems.append(f"masks inverted? {np.mean(looks):.0%} of the mask pixels are white")
+        report.problems.append(f"masks inverted? {np.mean(white):.0%} of their pixels are white")
     return pictures, report
 
 
 def read_mask(picture, size=None):
-    """Picture -> mask (H, W) uint8 {0, 1}; size (H, W), by default the picture's own.
-
-    A mask on its side is turned as the picture's EXIF says (ours: else anticlockwise), any other
-    size resampled to the nearest. Genuine pictures: zeros. Raises ValueError without a mask.
-    """
+    """Picture -> mask (H, W) uint8 {0, 1}, or ValueError; size (H, W), by default the picture's."""
     own_size, turn = picture_size(picture.path)
     if picture.label == 0:
         return np.zeros(size or own_size, np.uint8)
@@ -256,18 +219,15 @@ def read_mask(picture, size=None):
         if picture.layout == "Columbia":       # green, bright or dark = inserted, red = the rest
             red, green, _ = (np.asarray(band) for band in image.convert("RGB").split())
             mask = green > red
-        else:
-            deep = image.mode[0] in "IF"
-            grey, alpha = (to_rgb(image) if deep else image).convert("LA").split()
-            flat = len(set(grey.getextrema())) == 1 and alpha.getextrema()[0] < 255
-            values = np.asarray(alpha if flat else ImageChops.multiply(grey, alpha))
+        else:                                  # the transparent counts as black
+            grey, alpha = (to_rgb(image) if image.mode[0] in "IF" else image).convert("LA").split()
+            values = np.asarray(ImageChops.multiply(grey, alpha))
             top = values.max()                 # 0 and 1, or dark colours of a palette, also count
             mask = values > (127 if top > 127 or image.format == "JPEG" else top / 2)
     mask = Image.fromarray(mask != picture.inverted)
-    if mask.size == own_size != own_size[::-1]:
-        turns = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-                 7: Image.Transpose.TRANSVERSE}
-        mask = mask.transpose(turns.get(turn, Image.Transpose.ROTATE_90))
+    if mask.size == own_size != own_size[::-1]:        # on its side; ours: else anticlockwise
+        mask.getexif()[0x0112] = turn if turn >= 5 else 8
+        mask = ImageOps.exif_transpose(mask)
     mask = mask.resize((size or own_size)[::-1], Image.Resampling.NEAREST)
     return np.asarray(mask, dtype=np.uint8)
 
@@ -275,10 +235,11 @@ def read_mask(picture, size=None):
 def split(pictures, fraction, seed):
     """Pictures -> (train, val): about `fraction` of the scenes go to val, no scene to both."""
     scenes = sorted({picture.source for picture in pictures})
-    order = np.random.default_rng(seed).permutation(len(scenes))
-    held_out = {scenes[i] for i in order[:round(fraction * len(scenes))]}
-    return ([picture for picture in pictures if picture.source not in held_out],
-            [picture for picture in pictures if picture.source in held_out])
+    chosen = np.random.default_rng(seed).permutation(len(scenes))[:round(fraction * len(scenes))]
+    held_out, parts = {scenes[i] for i in chosen}, ([], [])
+    for picture in pictures:
+        parts[picture.source in held_out].append(picture)
+    return parts
 
 
 # ----------------------------------------------------------------------------------- synthesis
@@ -300,10 +261,10 @@ HARD = [0] * 128 + [255] * 128                              # alpha of a half an
 INNER = [max(0, 2 * value - 255) for value in range(256)]   # a border soft inside the region only
 
 
-def touch(image, rng):
-    """One random entry of TOUCHES -> (image, its word)."""
-    word = str(rng.choice(list(TOUCHES)))
-    return TOUCHES[word](image, rng, rng.random()), word
+def touch(image, rng, words):
+    """The image after one random entry of TOUCHES; its word is appended to words."""
+    words.append(str(rng.choice(list(TOUCHES))))
+    return TOUCHES[words[-1]](image, rng, rng.random())
 
 
 def cut(image, size, rng):
@@ -316,19 +277,15 @@ def cut(image, size, rng):
 
 
 def shape(image, rng):
-    """A region in an image -> (L of 0 and 255, word): "polygon", smooth "blob" or "object".
-
-    An object follows the image's own edges: the pixels nearest to a seed in colour and place.
-    """
+    """A region in an image -> (L of 0 and 255, word): "polygon", smooth "blob" or "object"."""
     word = str(rng.choice(["object", "blob", "polygon"], p=[0.5, 0.3, 0.2]))
-    if word == "object":
+    if word == "object":                  # the pixels nearest to a seed in colour and place
         small = image.resize([max(8, min(side, 72)) for side in image.size])
         colour = np.asarray(small.filter(ImageFilter.BoxBlur(1)), dtype=np.float32)  # (h, w, 3)
-        place = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in colour.shape[:2]),
-                                     indexing="ij"), 2)                              # (h, w, 2)
-        seed = tuple((rng.uniform(0.35, 0.65, 2) * colour.shape[:2]).astype(int))
-        distance = ((colour - colour[seed]) ** 2).sum(2) / (colour.var((0, 1)).sum() + 30)
-        distance += 5 * ((place - place[seed]) ** 2).sum(2)                          # (h, w)
+        i, j = (rng.uniform(0.35, 0.65, 2) * colour.shape[:2]).astype(int)
+        y, x = (np.linspace(0, 1, side) for side in colour.shape[:2])
+        distance = ((colour - colour[i, j]) ** 2).sum(2) / (colour.var((0, 1)).sum() + 30)
+        distance += 5 * ((y[:, None] - y[i]) ** 2 + (x - x[j]) ** 2)                 # (h, w)
         inside = distance < np.quantile(distance[::2, ::2], rng.uniform(0.35, 0.7))
         inside[[0, -1]] = inside[:, [0, -1]] = False
         region = Image.fromarray(inside).convert("L").filter(ImageFilter.GaussianBlur(2.5))
@@ -358,13 +315,9 @@ def place(stamp, size, rng):
 
 
 def fill(photo, region):
-    """The photo with the region filled by the colours around it. Source: ours.
-
-    Halve it until one pixel is left, then return, each level filling what the finer one lacks;
-    Pillow weighs colours by alpha when it resizes, so unknown pixels (alpha 0) do not count.
-    """
+    """The photo with the region filled by the colours around it: a pyramid. Source: ours."""
     levels = [photo.copy()]
-    levels[0].putalpha(ImageChops.invert(region))
+    levels[0].putalpha(ImageChops.invert(region))      # alpha 0, unknown: does not count in resize
     while max(levels[-1].size) > 1:
         half = [(side + 1) // 2 for side in levels[-1].size]
         levels.append(levels[-1].resize(half, Image.Resampling.BOX))
@@ -388,8 +341,7 @@ def synthesize(photo, donor, rng, kind=None):
         if kind == "splice" and rng.random() < 0.6:              # the donor's own JPEG history
             stamp = jpeg(stamp, int(rng.integers(50, 99)), *rng.integers(0, 8, 2))
         for _ in range(rng.integers(0, 3) if kind == "splice" else 0):
-            stamp, word = touch(stamp, rng)
-            words.append(word)
+            stamp = touch(stamp, rng, words)
         stamp.putalpha(outline)
         stamp = ImageOps.mirror(stamp) if rng.random() < 0.4 else stamp
         if rng.random() < 0.4:
@@ -397,17 +349,16 @@ def synthesize(photo, donor, rng, kind=None):
         if rng.random() < 0.4:
             stamp = stamp.rotate(rng.uniform(-60, 60), Image.Resampling.BICUBIC, expand=True)
         layer, region, fits = place(stamp, photo.size, rng)
-        if kind == "removal" and rng.random() < 0.5:
+        if kind == "local edit":
+            layer = touch(photo, rng, words)
+        elif kind == "removal" and rng.random() < 0.5:
             layer = add_noise(fill(photo, region), rng.uniform(0, 5), rng)
             words.append("smooth fill")
-        elif kind == "removal":                                  # from beside it
+        elif kind == "removal":
             left, top, right, bottom = region.getbbox() or (0, 0, 1, 1)
             step = (right - left, 0) if rng.random() < 0.5 else (0, bottom - top)
             layer = ImageChops.offset(photo, *step)
             words.append("fill from beside")
-        elif kind == "local edit":
-            layer, word = touch(photo, rng)
-            words.append(word)
         feather = min(rng.uniform(0.5, 3), region.histogram()[255] ** 0.5 / 10)
         feather = feather if rng.random() < 0.5 else 0           # pixels
         alpha = region.filter(ImageFilter.GaussianBlur(feather)).point(INNER)
@@ -424,10 +375,9 @@ def synthesize(photo, donor, rng, kind=None):
 
 
 def degrade(image, rng, size=None):
-    """Rescale, blur, noise and JPEG, each sometimes -> (uint8 image, words). Source: ours.
+    """Rescale, blur, noise and JPEG, each sometimes; image (H, W, 3) uint8 -> (the same, words).
 
-    image (H, W, 3) uint8; size (W, H) of the result, by default the image's times 0.5-1.25.
-    Equal sizes and equal states of rng give two pictures exactly the same treatment.
+    size (W, H), by default 0.5-1.25 times the image's. Equal rng: equal treatment. Source: ours.
     """
     image, words = Image.fromarray(image), []
     scale, sampling = rng.uniform(0.5, 1.25), rng.choice([1, 2, 3])      # Lanczos, linear, cubic
@@ -450,21 +400,26 @@ def degrade(image, rng, size=None):
 
 # ------------------------------------------------------------------------------- training sets
 
-class SeededSet(Dataset):
-    """Pictures whose chance comes from (seed, epoch, number), whatever the number of workers.
+class TrainingSet(Dataset):
+    """Labelled pictures [(path, label)]: item -> (image (3, size, size) in [0, 1], label, index).
 
-    photos: paths or (H, W, 3) uint8 arrays; decoded ones stay in memory, shared with forked
-    workers, up to `cache` megabytes, others are read from disk each time.
+    Chance comes from (seed, epoch, index), whatever the worker. reencode: `degrade` for both
+    classes, so that compression does not tell them apart. augment: random squares and flips.
+    cache: megabytes of pictures that stay decoded. Arrays (H, W, 3) uint8 may stand for paths.
     """
 
-    def __init__(self, photos, size, seed, cache):
-        self.photos, self.size, self.seed = list(photos), size, seed
+    def __init__(self, pairs, *, size, seed, reencode=True, augment=True, cache=1000):
+        self.photos, self.labels = [photo for photo, _ in pairs], [int(label) for _, label in pairs]
+        self.size, self.seed, self.reencode, self.augment = size, seed, reencode, augment
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()      # seen by live workers
         for i in range(len(self.photos)):
-            if cache > 0:
-                with suppress(BadPicture):                                   # raised when asked for
+            with suppress(BadPicture):                                       # raised when asked for
+                if cache > 0:
                     self.photos[i] = self.photo(i)
                     cache -= self.photos[i].nbytes / 1e6
+
+    def __len__(self):
+        return len(self.labels)
 
     def set_epoch(self, epoch):
         self.epoch.fill_(epoch)
@@ -488,22 +443,6 @@ class SeededSet(Dataset):
         window = ImageOps.mirror(window) if rng.random() < 0.5 else window
         return window.resize((work, work), Image.Resampling.BICUBIC)
 
-
-class TrainingSet(SeededSet):
-    """Labelled pictures: item -> (image (3, size, size) in [0, 1], label, index).
-
-    pairs: [(path, label)], nothing else. reencode: `degrade` for both classes, so that compression
-    does not tell them apart. augment: random squares of 60-100 % of the shorter side and flips.
-    """
-
-    def __init__(self, pairs, *, size, seed, reencode=True, augment=True, cache=1000):
-        super().__init__([path for path, _ in pairs], size, seed, cache)
-        self.labels = [int(label) for _, label in pairs]
-        self.reencode, self.augment = reencode, augment
-
-    def __len__(self):
-        return len(self.labels)
-
     def __getitem__(self, index):
         rng, image = self.rng(index), self.photo(index)
         work = self.work_size(rng) if self.reencode else self.size
@@ -516,23 +455,17 @@ class TrainingSet(SeededSet):
         return to_tensor(image), self.labels[index], index
 
 
-class SynthesisSet(SeededSet):
-    """Pictures made from genuine photos: item -> (image (3, size, size) in [0, 1], label, index).
+class SynthesisSet(TrainingSet):
+    """The same from genuine photos alone: items 2i and 2i + 1 are a crop and its manipulation,
+    post-processed alike. Source: ours."""
 
-    With pairs, items 2i and 2i + 1 are a crop and its manipulation after the same post-processing:
-    read them in order, each epoch is new. Without, neighbours are unrelated. Source: ours.
-    """
-
-    def __init__(self, photos, *, size, count, seed, pairs=True, cache=1000):
-        super().__init__(photos, size, seed, cache)
-        self.count, self.pairs = count, pairs
-
-    def __len__(self):
-        return self.count
+    def __init__(self, photos, *, size, count, seed, cache=1000):
+        super().__init__([(photo, 0) for photo in photos], size=size, seed=seed, cache=cache)
+        self.labels = [i % 2 for i in range(count)]
 
     def __getitem__(self, index):
-        image, _, _ = self.make(index // 2 if self.pairs else index, index % 2)
-        return to_tensor(image), index % 2, index
+        image, _, _ = self.make(index // 2, index % 2)
+        return to_tensor(image), self.labels[index], index
 
     def make(self, number, label):
         """One picture of a pair -> (image (H, W, 3) uint8, mask (H, W) uint8 {0, 1}, caption)."""
@@ -559,18 +492,18 @@ def leaks(pictures, folds=5):
 
     Each cue guesses the class in which its value (or sixteenth) is commoner in the other folds.
     """
-    rows = []
-    for picture in pictures:
-        with opened(picture.path) as image:
-            density = picture.path.stat().st_size / (image.width * image.height)
-            rows.append((image.format, str(image.size), image.width / image.height,
-                         str(getattr(image, "quantization", "")), density))
-    names = ("format", "size", "aspect", "JPEG tables", "bytes per pixel")
-    cues = dict(zip(names, zip(*rows)))
+    rows, accuracy = [], {}
+    for path, *_ in pictures:
+        with opened(path) as image:
+            rows.append({"format": image.format, "size": str(image.size),
+                         "aspect": image.width / image.height,
+                         "JPEG tables": str(getattr(image, "quantization", "")),
+                         "bytes per pixel": path.stat().st_size / (image.width * image.height)})
     label = np.array([picture.label for picture in pictures])
     fold = np.random.default_rng(0).permutation(len(label)) % folds
-    for cue, values in cues.items():
-        if isinstance(values[0], float):
+    for cue in rows[0]:
+        values = [row[cue] for row in rows]
+        if not isinstance(values[0], str):
             values = np.searchsorted(np.quantile(values, np.arange(1, 16) / 16), values)
         code = np.unique(values, return_inverse=True)[1]
         seen = np.zeros((folds, 2, code.max() + 1))
@@ -578,16 +511,16 @@ def leaks(pictures, folds=5):
         rest = seen.sum(0) - seen                                        # (folds, 2, codes)
         rate = rest / rest.sum(2, keepdims=True).clip(1)
         guess = 0.5 + 0.5 * np.sign(rate[:, 1] - rate[:, 0])[fold, code]
-        cues[cue] = (guess[label == 1].mean() + 1 - guess[label == 0].mean()) / 2
-    return cues
+        accuracy[cue] = (guess[label == 1].mean() + 1 - guess[label == 0].mean()) / 2
+    return accuracy
 
 
 def contact_sheet(rows, path, cell=128):
     """Rows of (list of (H, W, 3) or (H, W) uint8 arrays, caption), three abreast -> a picture."""
-    width = max(len(images) for images, _ in rows) * cell + 8
-    sheet = Image.new("RGB", (3 * width, -(-len(rows) // 3) * (cell + 16)), "white")
+    width, height = max(len(images) for images, _ in rows) * cell + 8, cell + 16
+    sheet = Image.new("RGB", (3 * width, -(-len(rows) // 3) * height), "white")
     for i, (images, caption) in enumerate(rows):
-        x, y = i % 3 * width, i // 3 * (cell + 16)
+        x, y = i % 3 * width, i // 3 * height
         for k, image in enumerate(images):
             sheet.paste(ImageOps.contain(Image.fromarray(image), (cell, cell)), (x + k * cell, y))
         ImageDraw.Draw(sheet).text((x, y + cell), caption, fill="black")
@@ -597,21 +530,21 @@ def contact_sheet(rows, path, cell=128):
 def describe(path, cues):
     """Print what a data set holds, every file decoded -> (rows for `contact_sheet`, problems)."""
     pictures, (layout, ignored, problems) = read_set(path)
-    rows, sizes, formats = [], set(), Counter()
+    rows, sizes, formats = [], [], Counter(picture.path.suffix.lower() for picture in pictures)
     for i, picture in enumerate(pictures):
         try:
             images = [np.asarray(open_image(picture.path))]
+            sizes.append(images[0].shape[:2])
             images += [read_mask(picture) * 255] if picture.mask else []
+            rows += [(images, picture.path.name)] if i % (len(pictures) // 24 + 1) == 0 else []
         except BadPicture as error:
             problems.append(f"bad file: {error}")
-            continue
-        sizes.add(images[0].shape[:2])
-        formats[picture.path.suffix.lower()] += 1
-        rows += [(images, picture.path.name)] if i % (len(pictures) // 24 + 1) == 0 else []
+    if not sizes:
+        raise ValueError(f"found no readable picture in {path}, but {problems[-1]}")
     count = Counter(picture.label for picture in pictures)
     print(f"{path}: {layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} without "
           f"label, {sum(p.mask is not None for p in pictures)} masks, {ignored} others\n"
-          f"{dict(formats)}, {len(sizes)} sizes (H, W) from {min(sizes)} to {max(sizes)}")
+          f"{dict(formats)}, {len(set(sizes))} sizes (H, W) from {min(sizes)} to {max(sizes)}")
     for cue, accuracy in leaks(pictures).items() if cues and count[0] and count[1] else ():
         print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)")
         if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
@@ -624,15 +557,15 @@ def write_synthesis(pairs, out):
     """Write a SynthesisSet as out/au, tp, mask and list.csv -> rows for `contact_sheet`."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"found files in {out}, expected an empty folder: choose another --out")
-    for folder in ("au", "tp", "mask"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
     rows, lines = [], ["image,label,mask,caption"]
     for i in range(len(pairs) // 2):
         (original, _, words), (changed, mask, caption) = pairs.make(i, 0), pairs.make(i, 1)
-        for folder, image in (("au", original), ("tp", changed), ("mask", mask * 255)):
+        images = {"au": original, "tp": changed, "mask": mask * 255}
+        for folder, image in images.items():
+            (out / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(out / folder / f"{i:06}.png", compress_level=1)
         lines += [f'au/{i:06}.png,0,,"{words}"', f'tp/{i:06}.png,1,mask/{i:06}.png,"{caption}"']
-        rows += [([original, changed, mask * 255], caption)] if i < 24 else []
+        rows += [(list(images.values()), caption)] if i < 24 else []
     (out / "list.csv").write_text("\n".join(lines) + "\n")
     return rows
 
@@ -643,10 +576,10 @@ def main(words=None):
     parser.add_argument("path", nargs="?", help="folder or list of labelled pictures")
     parser.add_argument("--leaks", action="store_true", help="do trivial cues tell the class?")
     parser.add_argument("--synthesize", metavar="PHOTOS", help="folder of genuine photos")
-    parser.add_argument("--out", help="new folder for the synthesised set")
+    parser.add_argument("--out", metavar="DIR", help="new folder for the synthesised set")
+    parser.add_argument("--preview", metavar="PNG", help="draw a contact sheet")
     for name, default in (("count", 100), ("size", 256), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--preview", metavar="PNG", help="draw a contact sheet")
     args = parser.parse_args(words)
     try:
         if bool(args.path) == bool(args.synthesize) or bool(args.synthesize) != bool(args.out):
