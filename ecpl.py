@@ -63,7 +63,7 @@ def feature_variation(features, h, w):
 class PromptLearner(nn.Module):
     """Context tokens of both classes, shifted by what attention reads from the edge features.
 
-        G = sum over levels of W_l LayerNorm(e * dF_l)           edge-enhanced features
+        G = e * sum over levels of W_l LayerNorm(dF_l)           edge-enhanced features
         P = V + o(Attention(queries V, keys and values G))       o starts at zero: attention only adds
         prompt of class c = [start] P_c words_c [end]
     """
@@ -89,13 +89,16 @@ class PromptLearner(nn.Module):
             nn.init.zeros_(self.attention.out_proj.weight)
             nn.init.zeros_(self.attention.out_proj.bias)
 
-    def forward(self, clip_model, enhanced):
-        """enhanced [(B, N, Dv) per level] -> text features (B, C, D), unit length."""
+    def forward(self, clip_model, features, weight=None):
+        """features [(B, N, Dv) per level], weight (B, N) of the patches or None
+        -> text features (B or 1, C, D), unit length."""
         C, M, Dt = self.context.shape
         prompts = self.context[None]                                                 # (1, C, M, Dt)
         if self.attend:
             G = sum(project(norm(x)) for project, norm, x
-                    in zip(self.projections, self.norms, enhanced))                  # (B, N, Dt)
+                    in zip(self.projections, self.norms, features))                  # (B, N, Dt)
+            if weight is not None:               # after the norm, which would undo it; flat patches: 0
+                G = weight[..., None] * G                                            # (B, N, Dt)
             V = self.context.flatten(0, 1).expand(len(G), -1, -1)                    # (B, C * M, Dt)
             read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)   # (B, C * M, Dt)
             prompts = (V + read).view(len(G), C, M, Dt)                              # (B, C, M, Dt)
@@ -176,7 +179,7 @@ class ECPL(nn.Module):
         if self.prompts == "none":
             return F.normalize(self.class_vectors, dim=-1)
         if self.prompts == "edges":
-            levels = [edges[..., None] * feature_variation(x, h, w) for x in levels]  # [(B, N, Dv)]
+            return self.learner(clip_model, [feature_variation(x, h, w) for x in levels], edges)
         return self.learner(clip_model, levels)
 
     def similarity(self, features, text):

@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the path, two threads, one miniature CLIP."""
+"""Shared by all tests: the project on the path, one thread, one miniature CLIP."""
 import sys
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)       # small models: a second thread costs more than it gives
 
 
 @pytest.fixture

@@ -46,9 +46,20 @@ def test_pooled_edges_point_at_the_outline():
     image = torch.zeros(1, 3, 64, 64)
     image[..., 16:48, 16:48] = 1
     edges = ecpl.pool_edges(ecpl.soft_edges(image), 8, 8).view(8, 8)
-    assert edges[1:7, 1:7].max() > 0.9
+    outline = torch.zeros(8, 8, dtype=torch.bool)
+    outline[2:6, 2:6] = True
+    outline[3:5, 3:5] = False
+    assert edges[outline].min() > 0.4
     assert edges[3:5, 3:5].max() < 0.01 and edges[0].max() < 0.01
-    assert edges[2, 2] > 0.5 and edges[2, 5] > 0.5
+
+
+def test_flat_patches_say_nothing_to_the_prompts(mini):
+    model = ecpl.ECPL(mini, **SETTINGS).eval()
+    torch.nn.init.normal_(model.learner.attention.out_proj.weight)
+    features, weight = [torch.randn(1, 16, 64) for _ in range(2)], torch.zeros(1, 16)
+    quiet = model.learner(mini, features, weight)
+    assert torch.allclose(model.learner(mini, [-3 * x for x in features], weight), quiet, atol=1e-5)
+    assert not torch.allclose(model.learner(mini, features, weight + 0.5), quiet, atol=1e-3)
 
 
 def test_feature_variation_is_large_only_at_the_boundary():
