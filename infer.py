@@ -51,7 +51,8 @@ def save_checkpoint(path, model, **state):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.part", "wb") as file:
         torch.save({"format": 1, "config": model.config, "clip": own, "model": tensors,
-                    "threshold": float(model.threshold), **state}, file)
+                    "threshold": float(model.threshold),
+                    "score_threshold": float(model.score_threshold), **state}, file)
         file.flush()
         os.fsync(file.fileno())
     if os.path.exists(path):
@@ -81,9 +82,10 @@ class Result(NamedTuple):
     map: np.ndarray       # (H, W) float32 in [0, 1], probability of manipulation
     mask: np.ndarray      # (H, W) bool, map > threshold
     score: float          # of the whole picture, in [0, 1]
-    decision: str         # "manipulated" if score > threshold, else "genuine"
-    threshold: float
+    decision: str         # "manipulated" if score > score_threshold, else "genuine"
+    threshold: float      # of the map
     area: float           # share of the mask in the picture, in [0, 1]
+    score_threshold: float = 0.5
 
 
 def open_picture(source):
@@ -99,9 +101,12 @@ def resize_map(grid, size):
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "mps" -> torch.device."""
-    mps, cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
-    return torch.device(("cuda" if cuda else "mps" if mps else "cpu") if name == "auto" else name)
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    found = [kind for kind in there if there[kind]]
+    if name != "auto" and str(name).partition(":")[0] not in found:
+        raise ValueError(f"found no device {name!r}, expected one of auto, {', '.join(found)}")
+    return torch.device(found[0] if name == "auto" else name)
 
 
 class SAPL(nn.Module):
@@ -113,11 +118,13 @@ class SAPL(nn.Module):
 
     def __init__(self, clip_model, config):
         super().__init__()
-        self.config, self.threshold, self.bf16 = dict(config), 0.5, False
-        self.clip = clip_model.requires_grad_(config["tune"] == "full")
+        self.config, self.bf16 = dict(config), False
+        self.threshold = self.score_threshold = 0.5          # of the map, of the score
+        self.clip = clip_model.requires_grad_(False)         # the text tower stays as it is
+        clip_model.visual.requires_grad_(config["tune"] == "full")
         self.ecpl = ecpl.ECPL(clip_model, **{key: config[key] for key in ECPL_KEYS})
         if config["tune"] == "lora":
-            clip.add_lora(clip_model, config["lora_rank"], config["lora_alpha"])
+            clip.add_lora(clip_model.visual, config["lora_rank"], config["lora_alpha"])
 
     def forward(self, image):
         """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> ecpl.Output."""
@@ -140,7 +147,7 @@ class SAPL(nn.Module):
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path} does not fit this version, train it again: "
                              f"{' '.join(str(error).split())[:300]}") from error
-        model.threshold = state["threshold"]
+        model.threshold, model.score_threshold = state["threshold"], state.get("score_threshold", 0.5)
         if merge and config["tune"] == "lora":
             clip.merge_lora(model.clip)
             model.config["tune"] = "full"          # saved again, its CLIP is no longer the official
@@ -197,8 +204,9 @@ class SAPL(nn.Module):
         if not torch.isfinite(grid).all() or not math.isfinite(score):
             raise ValueError("the network's answer is not a number: check the checkpoint")
         map = resize_map(grid if raw else ecpl.regions(grid[None])[0], size).numpy()  # (H, W)
-        mask, decision = map > self.threshold, "manipulated" if score > self.threshold else "genuine"
-        return Result(map, mask, score, decision, self.threshold, float(mask.mean()))
+        mask, decision = map > self.threshold, ecpl.CLASSES[score > self.score_threshold]
+        return Result(map, mask, score, decision, self.threshold, float(mask.mean()),
+                      self.score_threshold)
 
     def localize(self, source, raw=False, tiles=False):
         """Is a picture (path, PIL image, uint8 array (H, W, 3)) manipulated, and where -> Result.
@@ -326,7 +334,7 @@ def baselines(picture):
             "edge": ecpl.soft_edges(data.to_tensor(picture)[None])[0, 0].numpy()}
 
 
-def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=False):
+def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None, raw=False, tiles=False):
     """The metrics of labelled pictures ([data.Picture]), of the model and of the baselines.
 
     attack: see data.attack. Returns (summary, one dict a picture); summary["excluded"] tells what
@@ -364,7 +372,8 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
     scores, labels = ([row[key] for row in rows if "score" in row] for key in ("score", "label"))
     summary = {"n": len(labels), "n_manipulated": sum(labels), "n_genuine": len(labels) - sum(labels),
                "n_masks": len(pixels["model"]), "excluded": dict(+excluded), "threshold": threshold,
-               **pixel_summary(pixels["model"]), **image_summary(scores, labels, threshold)}
+               "score_threshold": score_threshold, **pixel_summary(pixels["model"]),
+               **image_summary(scores, labels, score_threshold)}
     summary["comb_f1"] = harmonic(summary["pixel_f1"], summary["image_f1_hm"])
     summary["fp_area"] = mean(row.get("fp_area") for row in rows)
     summary["baselines"] = {name: pixel_summary(pixels[name]) for name in ("all_ones", "centre", "edge")}
@@ -374,9 +383,9 @@ def evaluate(model, pictures, *, threshold=0.5, attack=None, raw=False, tiles=Fa
 def print_table(name, summary):
     """One set's summary on the screen, the baselines beside."""
     columns = {"model": summary} | summary["baselines"]
-    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in list(summary)[:6]))
+    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in list(summary)[:7]))
     print(" " * 20 + "".join(f"{column:>10}" for column in columns))
-    for metric in list(summary)[6:-1]:
+    for metric in list(summary)[7:-1]:
         cells = [each.get(metric, "") for each in columns.values()]
         cells = ["null" if x is None else x if x == "" else f"{x:.3f}" for x in cells]
         print(f"{metric:20}" + "".join(f"{x:>10}" for x in cells), "oracle" * ("best" in metric))
@@ -415,7 +424,9 @@ def overlay(picture, result, heat):
     blur = Image.fromarray(result.mask).convert("L").filter(ImageFilter.BoxBlur(max(W, H) // 500 + 1))
     canvas.paste((255, 255, 255), mask=blur.point([255 * (0 < v < 255) for v in range(256)]))
     if W >= 160 and H >= 80:
-        text = f"{result.decision}   score {result.score:.2f}   threshold {result.threshold:.2f}"
+        sign = "<>"[result.score > result.score_threshold]
+        text = (f"{result.decision}   score {result.score:.2f} {sign} {result.score_threshold:.2f}"
+                f"   map > {result.threshold:.2f}")
         s, bar, draw = max(14, min(W, H) // 20), W // 5, ImageDraw.Draw(canvas)
         fitting = (W - bar - 2 * s) / ImageFont.load_default(100).getlength(text) * 100
         font = ImageFont.load_default(min(0.7 * s, fitting))
@@ -490,7 +501,8 @@ def parse(arguments=None):
     add("paths", nargs="*", help="pictures: files, folders, globs, - for a list on standard input")
     add("--checkpoint", help="file that train.py wrote; default: the shipped weights/tiny.pt")
     add("--out", help="folder for maps, masks, overlays, results.csv, report.html, metrics.json")
-    add("--threshold", type=float, help="of map and score; default: the checkpoint's, 0.5 in --evaluate")
+    add("--threshold", type=float, help="of the map; default: the checkpoint's, 0.5 in --evaluate")
+    add("--score-threshold", type=float, help="of the decision; default: likewise")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--json", **switch, help="print one JSON object a line")
     add("--bf16", **switch, help="compute in bfloat16, for GPUs")
@@ -518,12 +530,14 @@ def write_csv(path, rows):
 def run_evaluation(model, args):
     """`--evaluate`: tables, and with --out metrics.json, per_image.csv, robustness.csv and .png."""
     summaries, images, grid = {}, [], []
+    limits = {key: 0.5 if vars(args)[key] is None else vars(args)[key]
+              for key in ("threshold", "score_threshold")}
     for name in args.evaluate:
         pictures, report = data.read_set(name)
         bad = sum(problem.startswith("bad file") for problem in report.problems)
         for attack in [args.attack, *ATTACKS * args.robustness]:
-            summary, rows = evaluate(model, pictures, threshold=0.5 if args.threshold is None else
-                                     args.threshold, attack=attack, raw=args.raw, tiles=args.tiles)
+            summary, rows = evaluate(model, pictures, **limits, attack=attack, raw=args.raw,
+                                     tiles=args.tiles)
             summary["excluded"] |= {"unreadable": bad} if bad else {}
             print_table(f"{name} {attack or ''}", summary)
             grid.append({"set": name, "attack": attack or "none"} | summary)
@@ -588,7 +602,9 @@ def main(arguments=None):
     try:
         model = SAPL.load(args.checkpoint, args.device)
         model.bf16 = args.bf16
-        model.threshold = model.threshold if args.threshold is None else args.threshold
+        for name in ("threshold", "score_threshold"):
+            if getattr(args, name) is not None:
+                setattr(model, name, getattr(args, name))
         return run_evaluation(model, args) if args.evaluate else run_pictures(model, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

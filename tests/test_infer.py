@@ -57,16 +57,36 @@ def test_checkpoint_gives_the_same_model(tmp_path, tune):
     model, image = make_model(tune=tune), torch.rand(2, 3, 64, 96)
     for parameter in model.parameters():                  # LoRA and attention start at zero: move them
         parameter.data += 0.02 * torch.randn_like(parameter)
-    model.threshold = 0.37
+    model.threshold, model.score_threshold = 0.37, 0.61
     infer.save_checkpoint(tmp_path / "a.pt", model, epoch=3)
     assert infer.load_checkpoint(tmp_path / "a.pt")["epoch"] == 3
     for merge in (True, False):
         again = infer.SAPL.load(tmp_path / "a.pt", device="cpu", merge=merge)
-        assert again.threshold == 0.37 and not again.training
+        assert (again.threshold, again.score_threshold) == (0.37, 0.61) and not again.training
         assert torch.allclose(again(image).logits, model(image).logits, atol=1e-4)
     infer.save_checkpoint(tmp_path / "b.pt", infer.SAPL.load(tmp_path / "a.pt", device="cpu"))  # merged
     assert torch.allclose(infer.SAPL.load(tmp_path / "b.pt", device="cpu")(image).logits,
                           model(image).logits, atol=1e-4)
+
+
+def test_only_the_image_tower_is_tuned():
+    for tune, some in (("full", True), ("lora", True), ("none", False)):
+        names = [name for name, p in make_model(tune=tune).clip.named_parameters() if p.requires_grad]
+        assert bool(names) == some and all(name.startswith("visual.") for name in names)
+
+
+def test_an_older_checkpoint_decides_at_a_half(tmp_path, checkpoint):
+    state = infer.load_checkpoint(checkpoint)
+    del state["score_threshold"]
+    torch.save(state, tmp_path / "old.pt")
+    assert infer.SAPL.load(tmp_path / "old.pt", "cpu").score_threshold == 0.5
+
+
+def test_devices():
+    assert infer.pick_device("cpu") == infer.pick_device(torch.device("cpu")) == torch.device("cpu")
+    for name in ["gpu", *["cuda", "cuda:1"] * (not torch.cuda.is_available())]:
+        with pytest.raises(ValueError, match=f"no device '{name}', expected one of auto, .*cpu"):
+            infer.pick_device(name)
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path):
@@ -277,10 +297,15 @@ def test_lists_globs_json_and_skipping(zoo, checkpoint, tmp_path, capsys, monkey
     assert len(Path(out, "results.csv").read_text().splitlines()) == 3
 
 
-def test_threshold_moves_mask_and_decision(zoo, checkpoint, capsys):
-    for threshold, word in (("0", "manipulated"), ("1", "genuine")):
-        infer.main([str(zoo / "grey.png"), "--checkpoint", str(checkpoint), "--threshold", threshold])
-        assert f"  {word}  " in capsys.readouterr().out
+def test_thresholds_move_mask_and_decision(zoo, checkpoint, capsys):
+    def run(*words):
+        infer.main([str(zoo / "grey.png"), "--checkpoint", str(checkpoint), "--json", *words])
+        row = json.loads(capsys.readouterr().out)
+        return row["decision"], row["area"], row["threshold"]
+    decision, area, _ = run()
+    assert run("--threshold", "0") == (decision, 1.0, 0.0) and run("--threshold", "1") == (decision, 0.0, 1.0)
+    assert run("--score-threshold", "0") == ("manipulated", area, 0.5)
+    assert run("--score-threshold", "1") == ("genuine", area, 0.5)
 
 
 def test_what_is_done_survives_an_interruption(zoo, checkpoint, tmp_path, monkeypatch):
