@@ -1,6 +1,6 @@
 """Train SAPL from pictures that carry one label each, genuine or manipulated; masks are never read.
 
-    python train.py --data FOLDER            au/ and tp/ inside, or a list: path,label
+    python train.py --data FOLDER            au/ and tp/ inside, or a list of pictures and labels
     python train.py --synthesize PHOTOS      genuine photos; the manipulations are made on the way
     python train.py .. --resume              goes on after any interruption, bit for bit
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
@@ -8,17 +8,7 @@
 Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv, curves.png.
 Shapes: B pictures, N = h * w patches, Dv image width.
 """
-import argparse
-import contextlib
-import copy
-import csv
-import dataclasses
-import functools
-import math
-import os
-import resource
-import signal
-import sys
+import argparse, contextlib, copy, csv, dataclasses, functools, math, os, resource, signal, sys
 import time
 from pathlib import Path
 
@@ -53,7 +43,6 @@ class Config:
     val: float = option(0.15, "share of the training pictures held out to choose and calibrate")
     size: int = option(224, "side of the training crops, pixels")
     count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine")
-    augment: bool = option(True, "random windows and flips of --data, new in every epoch")
     clip: str = option("tiny", "tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file")
     init: str = option("", "start from this SAPL checkpoint and its model settings")
     tune: str = option("lora", "what of CLIP is trained", "lora", "full", "none")
@@ -68,12 +57,8 @@ class Config:
     rho: float = option(0.1, "share of the patches that make the image score")
     max_side: int = option(1024, "longest side of a picture at inference, pixels")
     hecl: float = option(0.1, "weight of the edge contrastive loss; 0 = off")
-    hecl_dim: int = option(64, "width of the contrast space")
     hecl_queue: int = option(1024, "features a class and level in the queues; 0 = the batch alone")
     hecl_tau: float = option(0.1, "temperature of the contrast")
-    hecl_share: float = option(0.4, "share of the patches that are edge patches")
-    hecl_top: int = option(4, "patches a picture and kind that are contrasted")
-    hecl_clean: float = option(0.5, "weight of the genuine patches of manipulated pictures")
     hecl_warmup: float = option(0.1, "share of the training in which the weight rises from 0")
     mosaic: int = option(1, "K: K x K crops are one picture, each cell has its label; 1 = off")
     epochs: int = option(20, "passes over the training pictures")
@@ -94,8 +79,9 @@ class Config:
     resume: bool = option(False, "go on from --out, if there is something")
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-LOSSES = ("loss", "bce", "hecl")
+SIGNALS = signal.SIGINT, signal.SIGTERM
+LOSSES = "loss", "bce", "hecl"
+CURVES = *LOSSES[1:], "val_loss", "val_auc", "map_genuine", "map_manipulated"
 FREE = {"out", "device", "workers", "save_every", "bad_limit", "resume"}    # may change on --resume
 
 
@@ -119,26 +105,19 @@ def parse(arguments=None):
 # -------------------------------------------------------------------------------------- pictures
 
 class Tolerant(Dataset):
-    """Puts another picture in the place of an unreadable one: image, label, index, [messages]."""
+    """Puts another picture in the place of an unreadable one -> image, label, index, messages."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, index):
-        bad = []
-        for _ in range(len(self.dataset)):
+        count, bad = len(self.dataset), ""
+        for i in range(index, index + 2 * count, 2):          # by 2: synthetic pairs alternate
             try:
-                return *self.dataset[index], bad
+                return *self.dataset[i % count], bad
             except data.BadPicture as error:
-                bad.append(str(error))
-                index = (index + 2) % len(self.dataset)       # by 2: synthetic pairs alternate
-        raise data.BadPicture(f"found no readable picture, expected {len(self.dataset)}: {bad[-1]}")
-
-
-def collate(items):
-    """Items -> image (B, 3, size, size), labels (B,), indices [B], messages."""
-    image, labels, indices, bad = zip(*items)
-    return torch.stack(image), torch.tensor(labels), list(indices), sum(bad, [])
+                bad += f"{error}\n"
+        raise data.BadPicture(f"found no readable picture among {count}: {bad.splitlines()[0]}")
 
 
 def deaf(worker):
@@ -149,54 +128,49 @@ def deaf(worker):
 
 def load(dataset, plan, config):
     """The batches of a plan, lists of indices, made ahead by --workers processes."""
-    return DataLoader(Tolerant(dataset), batch_sampler=plan, collate_fn=collate,
-                      worker_init_fn=deaf, num_workers=config.workers, generator=torch.Generator())
+    return DataLoader(Tolerant(dataset), batch_sampler=plan, num_workers=config.workers,
+                      worker_init_fn=deaf, generator=torch.Generator())
 
 
 def make_sets(config):
-    """(training set, validation set, names of training pictures, genuine validation pictures).
-
-    Paths and labels only: no way to a mask.
-    """
+    """(training set, validation set, pictures of each): paths and labels only, no way to a mask."""
     if bool(config.data) == bool(config.synthesize):
         raise ValueError("found both or none of --data and --synthesize: name one of them")
+    source, classes = (config.data, {0, 1}) if config.data else (config.synthesize, {0})
+    pictures = data.read_set(source, masks=False)[0]
+    if config.synthesize:
+        pictures = [p._replace(label=p.label or 0, source=p.source or p.path.stem)
+                    for p in pictures]
+    parts = data.split([p for p in pictures if p.label in classes], config.val, config.seed)
+    if any({p.label for p in part} != classes for part in parts):
+        raise ValueError(f"found {len(parts[0])} pictures to train, {len(parts[1])} to validate in "
+                         f"{source}, expected of both classes: add some, or change --val")
+    common = {"size": config.size, "seed": config.seed}
     if config.data:
-        pictures = [p for p in data.read_set(config.data, masks=False)[0] if p.label is not None]
+        sets = [data.TrainingSet([(p.path, p.label) for p in part], augment=augment, **common)
+                for part, augment in zip(parts, (True, False))]
     else:
-        files = sorted(Path(config.synthesize).rglob("*"))
-        pictures = [data.Picture(path, 0, source=path.stem) for path in files
-                    if path.suffix.lower() in data.EXTENSIONS]
-    sets, names, common = [], [], {"size": config.size, "seed": config.seed}
-    for part, held_out in zip(data.split(pictures, config.val, config.seed), (False, True)):
-        if {p.label for p in part} != ({0, 1} if config.data else {0}):
-            raise ValueError(f"found {len(part)} pictures to {'validate' if held_out else 'train'} "
-                             f"in {config.data or config.synthesize}, expected both classes with "
-                             "--data, photos with --synthesize: add pictures, or change --val")
-        if config.data:
-            names = names or [str(p.path) for p in part]
-            sets.append(data.TrainingSet([(p.path, p.label) for p in part], **common,
-                                         augment=config.augment and not held_out))
-        else:
-            count = max(32, min(512, config.val * config.count)) if held_out else config.count
-            count = int(count) // 2 * 2                                           # in pairs
-            sets.append(data.SynthesisSet([p.path for p in part], count=count, **common))
-    return *sets, names, [p.path for p in part if not p.label]
+        counts = config.count, max(32, min(512, int(config.val * config.count)))
+        sets = [data.SynthesisSet([p.path for p in part], count=count // 2 * 2, **common)
+                for part, count in zip(parts, counts)]
+    return *sets, *parts
 
 
 def batches(labels, count, config, epoch):
     """The order of an epoch, from (seed, epoch) alone: indices (steps, batch).
 
-    labels: each class is shuffled and spread evenly, so that every batch has both. None: synthetic
-    pairs, new in every epoch; a picture and its own manipulation stay in one batch.
+    labels: each class is spread evenly, so that every batch has both. None: synthetic pairs; each
+    lies in one batch, half of it apart, so never in one mosaic: attention could compare the two.
     """
-    rng, place = np.random.default_rng((config.seed, epoch)), np.arange(count, dtype=float)
-    for label in (0, 1) if labels else ():
+    rng, B, steps = np.random.default_rng((config.seed, epoch)), config.batch, count // config.batch
+    if not labels:
+        pairs = rng.permuted(np.arange(count).reshape(-1, 2), axis=1)[:steps * B // 2]
+        return pairs.reshape(steps, B // 2, 2).swapaxes(1, 2).reshape(steps, B)
+    place = np.zeros(count)
+    for label in (0, 1):
         members = rng.permutation(np.flatnonzero(np.array(labels) == label))
         place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    if count < config.batch:
-        raise ValueError(f"found {count} training pictures, --batch is {config.batch}: lower it")
-    order = place.argsort()[:count // config.batch * config.batch]
-    return rng.permuted(order.reshape(-1, config.batch), axis=1)
+    return rng.permuted(place.argsort()[:steps * B].reshape(steps, B), axis=1)
 
 
 # ------------------------------------------------------------------------------- model and losses
@@ -234,10 +208,7 @@ class Objective(nn.Module):
 # ------------------------------------------------------------------------------- state of a run
 
 def make_model(config):
-    """SAPL in its starting state: CLIP's weights with a new ECPL, or all of --init.
-
-    What is tuned is not OpenAI's own any more: under its new name, checkpoints hold it in full.
-    """
+    """A new SAPL, or that of --init; its CLIP is tuned already, so it gets a name of its own."""
     settings = vars(config) | {"dense": None if config.dense == "plain" else config.dense}
     if config.init or config.clip == "tiny":
         old = infer.SAPL.load(config.init or None, device="cpu")   # its LoRA, if any, is merged
@@ -248,29 +219,27 @@ def make_model(config):
     backbone = clip.load(config.clip)
     depth = len(backbone.visual.transformer.resblocks)
     settings["levels"] = config.levels or sorted({max(1, depth * part // 3) for part in (1, 2, 3)})
-    if not all(1 <= level <= depth for level in settings["levels"]):
-        raise ValueError(f"found --levels {config.levels}, {config.clip} has blocks 1 to {depth}")
     return infer.SAPL(backbone, settings)
 
 
-def last_checkpoint(out):
-    """The newest whole state of a run, or None. A kill can leave only the one before the last."""
-    names = "last.pt", "last.pt.previous"
-    return next((path for name in names if (path := Path(out, name)).is_file()), None)
+def newest(out, name="last.pt"):
+    """The newest whole file of a run, or None. A kill can leave only the one before the last."""
+    return next(filter(Path.is_file, (Path(out, name), Path(out, name + ".previous"))), None)
 
 
 def resumed(config):
     """(settings, checkpoint or None) of a run: with --resume it keeps its own settings."""
-    found = last_checkpoint(config.out)
-    if found and not config.resume:
-        raise ValueError(f"{config.out} holds a run: add --resume, or choose another --out")
-    if not found:
+    path = newest(config.out)
+    if not path:
         return config, None
-    state, now, default = infer.load_checkpoint(found), vars(config), vars(Config())
+    if not config.resume:
+        raise ValueError(f"{config.out} holds a run: add --resume, or choose another --out")
+    state, now = infer.load_checkpoint(path), vars(config)
     own = state["settings"] | {key: now[key] for key in FREE}
-    changed = [f"--{key} {now[key]}" for key in now if now[key] not in (default[key], own[key])]
+    changed = [f"--{key} {value}" for key, value in now.items()
+               if value not in (own[key], getattr(Config, key))]
     if changed:
-        raise ValueError(f"--resume keeps the settings of {found}, found {', '.join(changed)}: "
+        raise ValueError(f"found {', '.join(changed)}, but --resume keeps the settings of {path}: "
                          "leave that out, or start anew with --init and another --out")
     return Config(**own), state
 
@@ -278,21 +247,20 @@ def resumed(config):
 class Run:
     """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
 
-    def __init__(self, config, state, device, names):
-        self.config, self.device, self.names = config, device, names
+    def __init__(self, config, state=None, device="cpu", rank=0, world=1):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
         self.signal, self.saved = 0, time.time()
         self.now = {"epoch": 0, "step": 0, "sums": [0.0] * 3, "history": [], "bad": []}
         torch.manual_seed(config.seed)
-        self.model = (infer.SAPL.load(last_checkpoint(config.out), "cpu", merge=False) if state
-                      else make_model(config)).to(device).train()
+        model = infer.SAPL.load(newest(config.out), "cpu", merge=False) if state else None
+        self.model = (model or make_model(config)).to(device).train()
         self.mean = copy.deepcopy(self.model) if config.ema else self.model      # averaged weights
         if config.recompute:
             for block in self.model.clip.visual.transformer.resblocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        self.hecl = HECL([len(self.model.clip.visual.proj)] * len(self.model.ecpl.levels),
-                         dim=config.hecl_dim, queue=config.hecl_queue, tau=config.hecl_tau,
-                         share=config.hecl_share, top=config.hecl_top, clean=config.hecl_clean)
-        self.hecl.to(device).requires_grad_(config.hecl > 0)
+        widths = [len(self.model.clip.visual.proj)] * len(self.model.ecpl.levels)
+        self.hecl = HECL(widths, queue=config.hecl_queue, tau=config.hecl_tau, dim=64, share=0.4,
+                         top=4, clean=0.5).to(device).requires_grad_(config.hecl > 0)      # ours
         self.optimizer = torch.optim.AdamW(self.groups())
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -305,18 +273,18 @@ class Run:
         """AdamW's groups: CLIP's own weights at --lr-clip, new ones at --lr; matrices decay."""
         groups, config = {}, self.config
         for name, p in [*self.model.named_parameters(), *self.hecl.named_parameters("hecl")]:
+            lr = config.lr_clip if infer.is_backbone(name) else config.lr
+            group = {"lr": lr, "base": lr, "weight_decay": config.weight_decay * (p.ndim > 1)}
             if p.requires_grad:
-                lr = config.lr_clip if infer.is_backbone(name) else config.lr
-                groups.setdefault((lr, config.weight_decay if p.ndim > 1 else 0.0), []).append(p)
-        return [{"params": ps, "lr": lr, "base": lr, "weight_decay": decay}
-                for (lr, decay), ps in groups.items()]
+                groups.setdefault(str(group), group | {"params": []})["params"].append(p)
+        return list(groups.values())
 
     def save(self):
         """last.pt: what the training needs to go on, beside the weights."""
-        mean = dict(self.mean.named_parameters()) if self.config.ema else {}
-        mean = {key: p for key, p in mean.items() if p.requires_grad}
+        mean = {key: p for key, p in self.mean.named_parameters() if p.requires_grad}
         self.write("last.pt", self.model, optimizer=self.optimizer.state_dict(), now=self.now,
-                   mean=mean, hecl=self.hecl.state_dict(), rng=torch.get_rng_state())
+                   mean=mean if self.config.ema else {}, hecl=self.hecl.state_dict(),
+                   rng=torch.get_rng_state())
         self.saved = time.time()
 
     def write(self, name, model, **state):
@@ -326,9 +294,8 @@ class Run:
             infer.save_checkpoint(path, model, settings=vars(self.config), **state)
         except (OSError, RuntimeError) as error:
             path.with_name(name + ".part").unlink(missing_ok=True)
-            reason, last = str(error).splitlines()[0], last_checkpoint(path.parent)
-            raise OSError(f"cannot write {path} ({reason}); the last good one is kept ({last}): "
-                          "make room, then go on with --resume") from error
+            raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}), the last good is "
+                          f"{newest(path.parent)}: make room, go on with --resume") from error
 
 
 # --------------------------------------------------------------------- validation, log, curves
@@ -336,33 +303,31 @@ class Run:
 @torch.no_grad()
 def validate(run, dataset):
     """Image AUC and loss on held-out pictures by their labels, and what the maps look like."""
-    (rank, world), rows = ranks(), []
-    size = max(1, run.config.batch // run.config.accumulate // world)
-    plan = torch.arange(rank, len(dataset), world).split(size)
-    for image, labels, _, _ in load(dataset, [part.tolist() for part in plan], run.config):
+    size, rows = run.config.batch // run.config.accumulate // run.world, []
+    plan = torch.arange(run.rank, len(dataset), run.world).split(size)
+    for image, labels, *_ in load(dataset, [part.tolist() for part in plan], run.config):
         output = run.mean(image.to(run.device))
-        maps = output.probability.flatten(1).cpu()                               # (B, N)
-        rows += torch.stack([labels, output.score_logit.cpu(), maps.mean(dim=1), maps.amin(dim=1),
-                             maps.amax(dim=1)], dim=1).tolist()
-    if world > 1:
-        parts = [None] * world
+        maps = output.probability.flatten(1)                                     # (B, N)
+        columns = output.score_logit, maps.mean(dim=1), maps.amin(dim=1), maps.amax(dim=1)
+        rows += torch.stack([labels, *(x.cpu() for x in columns)], dim=1).tolist()     # B rows of 5
+    if run.world > 1:
+        parts = [None] * run.world
         dist.all_gather_object(parts, rows)
         rows = sum(parts, [])
     labels, logits, mean, low, high = np.array(rows).T
-    return {"val_loss": float(np.logaddexp(0, np.where(labels > 0, -logits, logits)).mean()),
-            "val_auc": float(infer.rank_auc(logits, labels)),
-            "map_genuine": mean[labels == 0].mean().item(),
-            "map_manipulated": mean[labels == 1].mean().item(),
-            "map_low": low.min().item(), "map_high": high.max().item()}
+    losses = np.logaddexp(0, np.where(labels > 0, -logits, logits))
+    row = {"val_loss": losses.mean(), "val_auc": infer.rank_auc(logits, labels),
+           "map_genuine": mean[labels == 0].mean(), "map_manipulated": mean[labels == 1].mean(),
+           "map_low": low.min(), "map_high": high.max()}
+    return {key: float(value) for key, value in row.items()}
 
 
-def log(row, history, out):
-    """Print an epoch in one line; log.csv and curves.png are made anew from all rows so far."""
+def log(history, out):
+    """Print the last epoch in one line; log.csv and curves.png are made anew from all epochs."""
+    row = history[-1]
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     with open(Path(out, "log.csv"), "w", newline="") as file:
-        table = csv.DictWriter(file, row)
-        table.writeheader()
-        table.writerows(history)
+        csv.writer(file).writerows([row, *(each.values() for each in history)])
     curves(history).save(Path(out, "curves.png"))
     if row["map_high"] < 0.5 or row["map_low"] > 0.5:
         print(f"warning: the maps are all {int(row['map_low'] > 0.5)} on the validation pictures "
@@ -370,71 +335,52 @@ def log(row, history, out):
               file=sys.stderr)
 
 
-def curves(history, width=640, height=200):
-    """Panels over the epochs: losses, image AUC, mean of the maps -> PIL image."""
-    image = Image.new("RGB", (width, 3 * height), "white")
+def curves(history):
+    """A strip for each number over the epochs, from its least to its largest value -> PIL image."""
+    image = Image.new("RGB", (640, 100 * len(CURVES)), "white")
     draw = ImageDraw.Draw(image)
-    panels = ("bce", "hecl", "val_loss"), ("val_auc",), ("map_genuine", "map_manipulated")
-    for top, keys in zip(range(0, image.height, height), panels):
-        values = [row[key] for row in history for key in keys]
-        low, high = min(values), max(max(values), min(values) + 1e-6)
-        draw.text((4, top + 20), f"{high:.3f}", "black")
-        draw.text((4, top + height - 24), f"{low:.3f}", "black")
-        for i, (key, color) in enumerate(zip(keys, ("blue", "red", "green"))):
-            points = [(60 + (width - 80) * j / max(1, len(history) - 1),
-                       top + 24 + (height - 40) * (high - row[key]) / (high - low))
-                      for j, row in enumerate(history)]
-            draw.text((60 + 130 * i, top + 4), key, color)
-            draw.line(points, color, width=2)
+    for top, key in zip(range(0, image.height, 100), CURVES):
+        values = np.array([row[key] for row in history])                         # (epochs,)
+        low, high = values.min(), values.max()
+        x, y = np.linspace(20, 620, len(values)), (high - values) / max(high - low, 1e-9)
+        draw.text((20, top + 4), f"{key}   {low:.3f} to {high:.3f}", "black")
+        draw.line([*zip(x, top + 24 + 68 * y)], "blue", width=2)
     return image
 
 
 # ------------------------------------------------------------------------------------------ loop
 
-def ranks():
-    """(number of this process, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def schedule(done, warmup):
-    """Factor of the learning rate at a share `done` of the training: a rise, then half a cosine."""
-    if done < warmup:
-        return done / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
-
-
-def train_step(run, objective, pictures, done):
+def train_step(run, objective, pictures, names, done):
     """One step of the optimizer, at a share `done` of the training -> whether to stop after it."""
-    config, now, world, names = run.config, run.now, ranks()[1], []
+    config, now, used = run.config, run.now, []
     total = torch.zeros(5, device=run.device)            # three losses, gradient, told to stop
-    for part in range(config.accumulate):
-        image, labels, numbers, bad = next(pictures)
-        names += [run.names[i] if run.names else f"number {i}" for i in numbers]
-        for message in set(bad) - set(now["bad"]):
+    for _ in range(config.accumulate):
+        image, labels, indices, bad = next(pictures)
+        used += indices.tolist()
+        for message in sorted(set("".join(bad).splitlines()) - set(now["bad"])):
             now["bad"].append(message)
             print(f"skipped {message}", file=sys.stderr)
-        alone = world > 1 and part + 1 < config.accumulate     # gradients are exchanged once a step
-        with objective.no_sync() if alone else contextlib.nullcontext():
-            with torch.autocast(run.device.type, torch.bfloat16, config.precision == "bf16"):
-                losses = objective(image.to(run.device), labels.to(run.device),
-                                   min(1.0, done / max(config.hecl_warmup, 1e-9)))
-            (losses[0] / config.accumulate).backward()
+        with torch.autocast(run.device.type, torch.bfloat16, config.precision == "bf16"):
+            losses = objective(image.to(run.device), labels.to(run.device),
+                               min(1.0, done / max(config.hecl_warmup, 1e-9)))
+        (losses[0] / config.accumulate).backward()
         total[:3] += losses.detach() / config.accumulate
+    rise, fall = done / max(config.warmup, 1e-9), 0.5 + 0.5 * math.cos(math.pi * done)
     for group in run.optimizer.param_groups:
-        group["lr"] = group["base"] * schedule(done, config.warmup)
+        group["lr"] = group["base"] * min(rise, fall)
     weights = [p for group in run.optimizer.param_groups for p in group["params"]]
     total[3], total[4] = nn.utils.clip_grad_norm_(weights, 1.0), run.signal      # ours: length 1
-    if world > 1:
+    if run.world > 1:
         dist.all_reduce(total)
-    *values, stop = (total / world).tolist()
+    *values, stop = (total / run.world).tolist()
     if len(now["bad"]) > config.bad_limit:
         raise ValueError(f"{len(now['bad'])} unreadable pictures, --bad-limit is "
                          f"{config.bad_limit}: look with `python data.py FOLDER`, or raise it")
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in epoch "
-                         f"{now['epoch'] + 1}, step {now['step'] + 1}, pictures "
-                         f"{', '.join(names)}: lower --lr or look at them; the last good "
-                         f"checkpoint is {last_checkpoint(config.out)}")
+        at = f"epoch {now['epoch'] + 1}, step {now['step'] + 1}"
+        raise ValueError(f"loss {values[0]:.4g}, gradient {values[3]:.4g} in {at}, pictures "
+                         f"{', '.join(str(names[i]) for i in used)}: lower --lr or look at them; "
+                         f"the last good checkpoint is {newest(config.out)}")
     run.optimizer.step()
     run.optimizer.zero_grad()
     for mean, p in zip(run.mean.parameters(), run.model.parameters()):
@@ -445,37 +391,67 @@ def train_step(run, objective, pictures, done):
     return stop > 0
 
 
-def run_epoch(run, objective, train_set, val_set):
+def run_epoch(run, objective, train_set, val_set, names):
     """What is left of an epoch, then its validation and its row of the log."""
-    config, now, (rank, world) = run.config, run.now, ranks()
-    began, first = time.time(), now["step"]
+    config, now, began = run.config, run.now, time.time()
     plan = batches(getattr(train_set, "labels", None), len(train_set), config, now["epoch"])
-    mine = plan.reshape(len(plan), config.accumulate, world, -1)[:, :, rank]     # (steps, parts, B)
+    steps, first = len(plan), now["step"]
+    plan = plan.reshape(steps, config.accumulate, run.world, -1)[first:, :, run.rank]   # (.., B)
     train_set.set_epoch(now["epoch"])
-    pictures = iter(load(train_set, mine[first:].reshape(-1, mine.shape[-1]).tolist(), config))
-    while now["step"] < len(plan):
-        done = (now["epoch"] * len(plan) + now["step"] + 1) / (config.epochs * len(plan))
-        stop = train_step(run, objective, pictures, done)
-        if rank == 0 and (stop or time.time() - run.saved > 60 * config.save_every):
+    pictures = iter(load(train_set, plan.reshape(-1, plan.shape[-1]).tolist(), config))
+    while now["step"] < steps:
+        done = (now["epoch"] * steps + now["step"] + 1) / (config.epochs * steps)
+        stop = train_step(run, objective, pictures, names, done)
+        if run.rank == 0 and (stop or time.time() - run.saved > 60 * config.save_every):
             run.save()
         if stop:
             raise SystemExit(128 + (run.signal or signal.SIGTERM))
-        if rank == 0 and sys.stderr.isatty():
-            print(f"epoch {now['epoch'] + 1} step {now['step']}/{len(plan)} loss "
+        if run.rank == 0 and sys.stderr.isatty():
+            print(f"epoch {now['epoch'] + 1} step {now['step']}/{steps} loss "
                   f"{now['sums'][0] / now['step']:.4f}", end="\r", file=sys.stderr)
-    speed = (now["step"] - first) * config.batch / (time.time() - began)
-    row = {"epoch": now["epoch"] + 1} | {k: v / len(plan) for k, v in zip(LOSSES, now["sums"])}
+    row = {"epoch": now["epoch"] + 1} | {k: v / steps for k, v in zip(LOSSES, now["sums"])}
+    speed = (steps - first) * config.batch / (time.time() - began)
     memory = torch.cuda.max_memory_allocated() / 1e9 if run.device.type == "cuda" \
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6            # on Linux in KB
     row |= validate(run, val_set) | {"pictures_per_s": speed, "memory_gb": memory}
     row["minutes_left"] = (time.time() - began) * (config.epochs - row["epoch"]) / 60
     now["history"].append(row)
     now |= {"epoch": row["epoch"], "step": 0, "sums": [0.0] * 3}
-    if rank == 0:
+    if run.rank == 0:
         if max(now["history"], key=lambda r: (r["val_auc"], -r["val_loss"])) is row:
             run.write("best.pt", run.mean, epoch=row["epoch"], metrics=row)
         run.save()
-        log(row, now["history"], config.out)
+        log(now["history"], config.out)
+
+
+def calibrate(run, genuine):
+    """Thresholds of best.pt (ours): at most 5 % of the pixels of held-out genuine pictures lie
+    above `threshold`, at most 10 % of these pictures score above `score_threshold`."""
+    path, pixels, scores = newest(run.config.out, "best.pt"), [], []
+    model, state = infer.SAPL.load(path, run.device, merge=False), infer.load_checkpoint(path)
+    for picture in genuine:
+        with contextlib.suppress(data.BadPicture):
+            found = model.localize(picture)
+            scores.append(found.score)
+            pixels.append(np.quantile(found.map, np.arange(1, 201) / 200, method="higher"))
+    if scores:
+        model.threshold = float(np.quantile(pixels, 0.95, method="higher"))
+        model.score_threshold = float(np.quantile(scores, 0.9, method="higher"))
+    run.write("best.pt", model, epoch=state["epoch"], metrics=state["metrics"])
+    print(f"best.pt: epoch {state['epoch']}, val_auc {state['metrics']['val_auc']:.3f}, threshold "
+          f"{model.threshold:.3f}, score threshold {model.score_threshold:.3f}", flush=True)
+
+
+def connect(name):
+    """(device, number of this process, how many there are): torchrun's, or one on its own."""
+    device = infer.pick_device(name)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
 
 
 def train(config):
@@ -483,22 +459,17 @@ def train(config):
 
     Raises ValueError or OSError with one line; after SIGINT or SIGTERM SystemExit 130 or 143.
     """
-    device = infer.pick_device(config.device)
-    if "RANK" in os.environ and not dist.is_initialized():         # started by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    (rank, world), (config, state) = ranks(), resumed(config)
-    if config.batch % (unit := config.accumulate * world * config.mosaic ** 2):
-        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} = "
-                         "--accumulate x processes x --mosaic^2")
-    train_set, val_set, names, genuine = make_sets(config)
-    run = Run(config, state, device, names)
+    (config, state), (device, rank, world) = resumed(config), connect(config.device)
+    train_set, val_set, pictures, held_out = make_sets(config)
+    unit = math.lcm(2, config.accumulate * world * config.mosaic ** 2)
+    if config.batch % unit or config.batch > len(train_set):
+        raise ValueError(f"found --batch {config.batch} for {len(train_set)} pictures, expected a "
+                         f"multiple of {unit} (of 2, --accumulate x processes x --mosaic^2) of them")
+    names = [p.path for p in pictures] if config.data else range(len(train_set))
     labels = getattr(train_set, "labels", [0, 1])
-    balance = labels.count(0) / labels.count(1)
-    objective = Objective(run.model, run.hecl, config, balance).to(device)
-    if world > 1:        # unused: what of CLIP the map does not need, such as the last class token
+    run = Run(config, state, device, rank, world)
+    objective = Objective(run.model, run.hecl, config, labels.count(0) / labels.count(1)).to(device)
+    if world > 1:              # unused: what --dense leaves out of the last block
         objective = nn.parallel.DistributedDataParallel(
             objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
@@ -514,26 +485,13 @@ def train(config):
     before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         while run.now["epoch"] < config.epochs:
-            run_epoch(run, objective, train_set, val_set)
+            run_epoch(run, objective, train_set, val_set, names)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if rank == 0:
-        calibrate(run, genuine)
+        calibrate(run, [p.path for p in held_out if not p.label])
     return Path(config.out, "best.pt")
-
-
-def calibrate(run, genuine, share=0.05):
-    """Threshold of best.pt (ours): above it lie `share` of the pixels of genuine pictures."""
-    path, values = Path(run.config.out, "best.pt"), []
-    model, state = infer.SAPL.load(path, run.device, merge=False), infer.load_checkpoint(path)
-    for picture in genuine:
-        with contextlib.suppress(data.BadPicture):
-            values.append(np.quantile(model.localize(picture).map, np.linspace(0, 1, 201)))
-    model.threshold = float(np.quantile(values, 1 - share)) if values else 0.5
-    run.write("best.pt", model, epoch=state["epoch"], metrics=state["metrics"])
-    print(f"{path}: epoch {state['epoch']}, image AUC {state['metrics']['val_auc']:.3f}, threshold "
-          f"{model.threshold:.3f} from {len(values)} genuine pictures", flush=True)
 
 
 def main(arguments=None):
