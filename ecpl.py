@@ -209,12 +209,13 @@ def spread(x, height, width):
     return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
 
 
-def regions(probability, reach=1):
+def regions(probability, reach=1, radius=0):
     """Close gaps in a responding boundary and fill what it encloses: (B, h, w) in [0, 1] -> the same.
 
     The paper derives the mask by processing the similarity map; the form is ours: a grey closing with
     a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the lowest value
-    that a way from it to the border must cross. No value is lowered, and a flat map stays as it is.
+    that a way from it to the border must cross. No value is lowered by these, and a flat map stays as
+    it is. radius: of a mean over a square of patches in the end, 0 = none.
     """
     x, size = probability[:, None], 2 * reach + 1                                    # (B, 1, h, w)
     closed = torch.maximum(-spread(-spread(x, size, size), size, size), x)
@@ -225,8 +226,10 @@ def regions(probability, reach=1):
         lower = torch.minimum(-spread(-level, 3, 1), -spread(-level, 1, 3))          # from 4 neighbours
         lower = torch.minimum(level, torch.maximum(lower, closed))
         if torch.equal(lower, level):
-            return level[:, 0]                                                       # (B, h, w)
+            break
         level = lower
+    level = F.pad(level, (radius,) * 4, mode="replicate")                            # (B, 1, h+2r, w+2r)
+    return F.avg_pool2d(level, 2 * radius + 1, stride=1)[:, 0]                       # (B, h, w)
 
 
 def demo():

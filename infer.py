@@ -100,6 +100,12 @@ def resize_map(grid, size):
     return F.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
+def starts(length, size):
+    """Where windows of a size begin that cover a length with a quarter of overlap or more (ours)."""
+    gaps = math.ceil(max(0, length - size) / (0.75 * size))
+    return np.linspace(0, max(0, length - size), 1 + gaps).astype(int).tolist()
+
+
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -113,7 +119,8 @@ class SAPL(nn.Module):
     """CLIP and the prompt learner ECPL (paper: "Semantic-Agnostic Prompt Learning in CLIP").
 
     config: plain dict with `clip`, the settings of ECPL, `tune` ("lora", "full", "none"),
-    `lora_rank`, `lora_alpha` and `max_side` (longest side of a whole-picture view, pixels).
+    `lora_rank`, `lora_alpha`, `max_side` (longest side of a whole-picture view) and `window` (see
+    `windows`), both in pixels.
     """
 
     def __init__(self, clip_model, config):
@@ -157,8 +164,28 @@ class SAPL(nn.Module):
         """image (B, 3, H, W) -> patch probabilities (B, h, w), scores (B,), fp32 on the CPU."""
         device = self.ecpl.bias.device
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            out = self(image.to(device))
-        return out.probability.float().cpu(), out.score_logit.float().sigmoid().cpu()
+            logits = self.windows(image.to(device)).float()                           # (B, h, w)
+            scores = ecpl.pool_score(logits.flatten(1), self.ecpl.rho)                # (B,)
+        return logits.sigmoid().cpu(), scores.sigmoid().cpu()
+
+    def windows(self, image):
+        """Patch logits (B, h, w): means over overlapping windows of config["window"] pixels.
+
+        Ours: a tower that saw small pictures only does not know what to attend to in large ones.
+        0 or a smaller picture: the whole at once.
+        """
+        p, size = self.clip.visual.patch_size, self.config.get("window", 0)
+        B, _, H, W = image.shape
+        if not size or max(H, W) <= size:
+            return self(image).logits
+        total, count = image.new_zeros(2, B, H // p, W // p)                          # (B, h, w) each
+        for top in starts(H // p, size // p):
+            for left in starts(W // p, size // p):
+                cells = (..., slice(top, top + size // p), slice(left, left + size // p))
+                pixels = (..., *(slice(p * cut.start, p * cut.stop) for cut in cells[1:]))
+                total[cells] += self(image[pixels]).logits
+                count[cells] += 1
+        return total / count
 
     def view(self, source):
         """The whole picture for the network: ((H, W) of the picture, (3, H', W') in [0, 1])."""
@@ -179,13 +206,11 @@ class SAPL(nn.Module):
             return grid
         most, rows, columns = self.config["max_side"] // p, max(1, H // p), max(1, W // p)
         h, w = min(most, rows), min(most, columns)
-        starts = [np.linspace(0, n - t, 1 + math.ceil((n - t) / (0.75 * t))).astype(int)
-                  for n, t in ((rows, h), (columns, w))]           # ours: a quarter of overlap or more
         ramps = [torch.sin(math.pi * (torch.arange(n) + 0.5) / n) for n in (h, w)]
         window = ramps[0][:, None] * ramps[1]                                         # (h, w)
         total, weight = torch.zeros(2, rows, columns)                                 # (rows, columns)
-        for top in starts[0]:
-            for left in starts[1]:
+        for top in starts(rows, h):
+            for left in starts(columns, w):
                 x, y = (W - columns * p) // 2 + left * p, (H - rows * p) // 2 + top * p
                 image = data.to_tensor(picture.crop((x, y, x + w * p, y + h * p)))    # (3, H, W)
                 total[top:top + h, left:left + w] += window * self.answer(image[None])[0][0]
@@ -203,7 +228,9 @@ class SAPL(nn.Module):
         """grid (h, w), score -> Result of size (H, W); ValueError where they are not numbers."""
         if not torch.isfinite(grid).all() or not math.isfinite(score):
             raise ValueError("the network's answer is not a number: check the checkpoint")
-        map = resize_map(grid if raw else ecpl.regions(grid[None])[0], size).numpy()  # (H, W)
+        if not raw:                     # ours: smoothed over squares of about 40 pixels
+            grid = ecpl.regions(grid[None], radius=max(1, 16 // self.clip.visual.patch_size))[0]
+        map = resize_map(grid, size).numpy()                                          # (H, W)
         mask, decision = map > self.threshold, ecpl.CLASSES[score > self.score_threshold]
         return Result(map, mask, score, decision, self.threshold, float(mask.mean()),
                       self.score_threshold)

@@ -56,6 +56,7 @@ class Config:
     dense: str = option("plain", "attention of the last block", "plain", "vv", "qqkk")
     rho: float = option(0.1, "share of the patches that make the image score")
     max_side: int = option(1024, "longest side of a picture at inference, pixels")
+    window: int = option(0, "judge pictures in windows of this side, pixels; 0 = as a whole")
     hecl: float = option(0.1, "weight of the edge contrastive loss; 0 = off")
     hecl_queue: int = option(1024, "features a class and level in the queues; 0 = the batch alone")
     hecl_tau: float = option(0.1, "temperature of the contrast")
@@ -207,13 +208,16 @@ class Objective(nn.Module):
 
 # ------------------------------------------------------------------------------- state of a run
 
+KEPT = (*infer.ECPL_KEYS, "max_side", "window")        # what --init takes from its checkpoint
+
+
 def make_model(config):
     """A new SAPL, or that of --init; its CLIP is tuned already, so it gets a name of its own."""
     settings = vars(config) | {"dense": None if config.dense == "plain" else config.dense}
     if config.init or config.clip == "tiny":
         old = infer.SAPL.load(config.init or None, device="cpu")   # its LoRA, if any, is merged
         settings["clip"] = old.clip.name = "tuned " + old.clip.name.removeprefix("tuned ")
-        model = infer.SAPL(old.clip, settings | {key: old.config[key] for key in infer.ECPL_KEYS})
+        model = infer.SAPL(old.clip, settings | {k: old.config[k] for k in KEPT if k in old.config})
         model.ecpl.load_state_dict(old.ecpl.state_dict())
         return model
     backbone = clip.load(config.clip)

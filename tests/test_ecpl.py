@@ -180,6 +180,14 @@ def test_regions_close_a_broken_ring_and_keep_the_rest():
     assert ecpl.regions(torch.rand(1, 1, 1)).shape == (1, 1, 1)
 
 
+def test_regions_are_smoothed_last_and_keep_the_mean_of_a_flat_map():
+    flat = torch.full((1, 5, 4), 0.3)
+    assert torch.allclose(ecpl.regions(flat, radius=2), flat)
+    x = torch.rand(1, 6, 7)
+    closed = ecpl.regions(x)
+    assert torch.allclose(ecpl.regions(x, radius=1)[0, 2, 3], closed[0, 1:4, 2:5].mean())
+
+
 def test_too_long_a_prompt_is_one_clear_error(mini):
     with pytest.raises(ValueError, match="shorten"):
         ecpl.ECPL(mini, **SETTINGS | {"context": 70})

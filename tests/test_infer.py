@@ -126,7 +126,10 @@ def test_localize_takes_path_image_and_array(checkpoint, tmp_path):
         assert result.area == pytest.approx(result.mask.mean())
         assert result.decision == ("manipulated" if result.score > 0.5 else "genuine")
         assert np.array_equal(result.map, results[0].map)
-    assert (model.localize(picture).map >= model.localize(picture, raw=True).map - 1e-6).all()
+    grid, _ = next(model.predict([model.view(picture)[1]]))       # 16-pixel patches: smoothed by 1
+    for raw, expected in ((True, grid), (False, infer.ecpl.regions(grid[None], radius=1)[0])):
+        expected = infer.resize_map(expected, (45, 70)).numpy()
+        assert np.array_equal(model.localize(picture, raw=raw).map, expected)
 
 
 def test_view_is_bounded_and_fits_the_patches(checkpoint):
@@ -164,6 +167,22 @@ def test_tiles_equal_the_whole():
     for odd in ((401, 339), (1000, 17), (15, 700), (16, 129)):
         result = model.localize(photo(*odd), tiles=True)
         assert result.map.shape == odd[::-1] and np.isfinite(result.map).all()
+
+
+def test_windows_are_means_of_what_each_window_says():
+    model, image = make_model(window=64), torch.rand(2, 3, 64, 112)
+    with torch.no_grad():
+        left, right = (model(image[..., x:x + 64]).logits for x in (0, 48))
+        logits = model.windows(image)
+    assert torch.allclose(logits[..., :3], left[..., :3], atol=1e-5)
+    assert torch.allclose(logits[..., 3], (left[..., 3] + right[..., 0]) / 2, atol=1e-5)
+    assert torch.allclose(logits[..., 4:], right[..., 1:], atol=1e-5)
+    whole = make_model()
+    assert torch.allclose(model.answer(image[..., :64])[0], whole.answer(image[..., :64])[0], atol=1e-6)
+    for length in range(1, 40):                                   # windows leave no gap
+        begin = infer.starts(length, 8)
+        assert set(range(length)) <= {s + k for s in begin for k in range(8)}
+        assert max(begin) + min(8, length) <= length
 
 
 def test_the_whole_picture_decides_the_score():
