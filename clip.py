@@ -1,7 +1,7 @@
 """CLIP from scratch: two towers that put pictures and sentences into one space.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021).
-Modules and parameters have OpenAI's names, so that their official weights load as they are.
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); the
+parameters have OpenAI's names, so that their official weights load as they are.
 Shapes: B images, N patches (N = h * w), D joint width, Dv image width, Dt text width, L tokens.
 """
 import gzip
@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import pickletools
+import struct
 import sys
 import time
 import urllib.request
@@ -40,7 +41,6 @@ VOCABULARY = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 CACHE = Path("~/.cache/clip").expanduser()   # OpenAI's own program keeps the same files there
 TINY = Path(__file__).with_name("weights") / "tiny.pt"
-TIMEOUT, PAUSES = 30, (0, 1, 5)              # seconds: of silence, before each attempt to download
 
 
 def normalize(image):
@@ -58,10 +58,8 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
 @lru_cache
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
-
-    Ids: 256 bytes, 256 bytes that end a word ("a</w>"), `vocab_size - 514` merges, start and end;
-    so 514 ids need no vocabulary file. OSError if the file cannot be had.
-    """
+    Ids: 256 bytes, 256 bytes that end a word ("a</w>"), `vocab_size - 514` merges (only they need
+    the vocabulary file; OSError if it cannot be had), start, end."""
 
     def __init__(self, vocab_size, cache=None):
         merges = []                                      # pairs of symbols, first learned first
@@ -96,10 +94,8 @@ class Tokenizer:
 
 def tokenize(texts, context_length=77, vocab_size=49408, truncate=False, cache=None):
     """A text or a list of B texts -> OpenAI's token ids (B, context_length) long, zeros at the end.
-
-    ValueError for too long a text, which `truncate` cuts before its end token instead.
-    """
-    texts, tokenizer = [texts] if isinstance(texts, str) else texts, Tokenizer(vocab_size, cache)
+    ValueError for too long a text, which `truncate` cuts before its end token instead."""
+    tokenizer, texts = Tokenizer(vocab_size, cache), [texts] if isinstance(texts, str) else texts
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(tokens, texts):
         ids = [tokenizer.ids[symbol] for symbol in tokenizer.pieces(text)]
@@ -111,16 +107,8 @@ def tokenize(texts, context_length=77, vocab_size=49408, truncate=False, cache=N
 
 
 # ---------------------------------------------------------------------------------------- towers
-class QuickGELU(nn.Module):
-    """OpenAI's cheap GELU."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
-
     def __init__(self, width, causal):
         super().__init__()
         self.heads, self.causal = max(1, width // 64), causal
@@ -142,18 +130,19 @@ class Attention(nn.Module):
 
 class ResidualAttentionBlock(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised input and added back."""
-
     def __init__(self, width, causal):
         super().__init__()
         self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(),
-                                             c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width),
+                                      c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        hidden = self.mlp["c_fc"](self.ln_2(x))                                   # (B, L, 4D)
+        hidden = hidden * (1.702 * hidden).sigmoid_()                          # OpenAI's cheap GELU
+        return x + self.mlp["c_proj"](hidden)
 
 
 class Transformer(nn.Sequential):
@@ -168,7 +157,6 @@ class Stem(nn.Sequential):
     Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
     sees. Added to it, from zero at first. Only the shipped tiny model has a stem.
     """
-
     def __init__(self, channels, width):
         layers = []
         for inner, out in zip((3, *channels), (*channels, width)):
@@ -180,8 +168,7 @@ class Stem(nn.Sequential):
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
-        row = pixels.new_tensor([1.0, 2.0, 1.0])
-        blur = (row[:, None] * row / 16).expand(3, 1, 3, 3)
+        blur = pixels.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).div(16).expand(3, 1, 3, 3)
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
         residual = pixels - F.conv2d(padded, blur, groups=3)                   # (B, 3, H, W)
         return super().forward((8 * residual).tanh())  # ours: 8, so noise counts and edges saturate
@@ -189,7 +176,6 @@ class Stem(nn.Sequential):
 
 class VisionTransformer(nn.Module):
     """The image tower. Any input whose sides are multiples of `patch_size` (in pixels)."""
-
     def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
         self.patch_size = patch_size
@@ -204,7 +190,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, pixels):
-        """(h, w): rows and columns of patches of pixels (B, 3, H, W); ValueError if they misfit."""
+        """(h, w), rows and columns of patches, of pixels (B, 3, H, W), or ValueError."""
         (H, W), p = pixels.shape[-2:], self.patch_size
         if H % p or W % p or not H or not W:
             raise ValueError(f"image of {H}x{W} pixels, expected multiples of {p}: resize it")
@@ -212,21 +198,18 @@ class VisionTransformer(nn.Module):
 
     def positions(self, h, w):
         """The position embedding for an (h, w) grid: (1, 1 + N, Dv), a new tensor."""
-        first, grid = self.positional_embedding[:1], self.positional_embedding[1:]
-        side = math.isqrt(len(grid))
+        side, grid = math.isqrt(len(self.positional_embedding)), self.positional_embedding[1:]
         if (h, w) != (side, side):
             grid = grid.T.reshape(1, -1, side, side)                           # (1, Dv, side, side)
             grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
             grid = grid.flatten(2)[0].T                                        # (N, Dv)
-        return torch.cat([first, grid])[None]                                  # (1, 1 + N, Dv)
+        return torch.cat([self.positional_embedding[:1], grid])[None]          # (1, 1 + N, Dv)
 
     def embed(self, pixels):
         """pixels (B, 3, H, W) -> tokens before the first block (B, 1 + N, Dv), class first."""
         h, w = self.grid(pixels)
         x = self.conv1(pixels)                                                 # (B, Dv, h, w)
-        if self.stem:
-            x = x + self.stem(pixels)
-        x = x.flatten(2).transpose(1, 2)                                       # (B, N, Dv)
+        x = (x + self.stem(pixels) if self.stem else x).flatten(2).transpose(1, 2)     # (B, N, Dv)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, Dv)
         return self.ln_pre(x + self.positions(h, w))
 
@@ -238,7 +221,6 @@ class VisionTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """Both towers. Sizes as in OpenAI's configuration; `stem` is ours (see Stem)."""
-
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
                  vision_patch_size, context_length, vocab_size, transformer_width,
                  transformer_layers, stem=()):
@@ -259,14 +241,11 @@ class CLIP(nn.Module):
         return self.visual(pixels)
 
     def encode_patches(self, pixels, levels=(), dense=None):
-        """Patch tokens [(B, N, Dv)] after the blocks `levels`, counted from 1, and dense features.
-
-        pixels: (B, 3, H, W), sides multiples of the patch. dense: attention in the last block, for
-        features that stay with their patch. None: OpenAI's. "vv": values attend to values
-        (MaskCLIP, Zhou et al. 2022); "qqkk": mean of query-query and key-key (SCLIP, Wang et al.
-        2023; ExCEL 2025); both leave out the block's residual and perceptron (ClearCLIP, Lan et
-        al. 2024). The dense features are (B, N, D) in the joint space, not normalised.
-        """
+        """Patch tokens [(B, N, Dv)] after the blocks `levels` (from 1), dense features (B, N, D).
+        dense: attention in the last block, for features that stay with their patch. None: OpenAI's;
+        "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of query-query and
+        key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's residual and
+        perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch."""
         *blocks, last = self.visual.transformer.resblocks
         found = [self.visual.embed(pixels)]                                    # (B, 1 + N, Dv)
         for block in blocks:
@@ -279,13 +258,10 @@ class CLIP(nn.Module):
 
     def encode_prompts(self, embeddings, end):
         """Prompt embeddings (B, L, Dt) of any length -> text features (B, D), not normalised.
-
-        end: (B,) or int, the place of the end token; what follows it changes nothing (causal).
-        """
-        B, L, _ = embeddings.shape
-        x = self.transformer(embeddings + self.positional_embedding[:L])       # (B, L, Dt)
-        end = torch.as_tensor(end, device=x.device).expand(B)
-        x = x[torch.arange(B, device=x.device), end]                           # (B, Dt)
+        end: (B,) or int, the place of the end token; what follows it changes nothing (causal)."""
+        positions = self.positional_embedding[:embeddings.shape[1]]            # (L, Dt)
+        x = self.transformer(embeddings + positions)                           # (B, L, Dt)
+        x = x[torch.arange(len(x), device=x.device), end]                      # (B, Dt)
         return self.ln_final(x) @ self.text_projection                         # (B, D)
 
     def encode_text(self, tokens):
@@ -302,13 +278,11 @@ class CLIP(nn.Module):
 
 class LoRA(nn.Module):
     """A weight plus a trainable change of low rank, W + alpha / rank * B A (Hu et al. 2021)."""
-
     def __init__(self, weight, rank, alpha):
         super().__init__()
-        rows, columns = weight.shape
         self.scale = alpha / rank
-        self.A = nn.Parameter(weight.new_empty(rank, columns).normal_(std=columns ** -0.5))
-        self.B = nn.Parameter(weight.new_zeros(rows, rank))                    # no change at first
+        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=rank ** -0.5))
+        self.B = nn.Parameter(weight.new_zeros(len(weight), rank))             # no change at first
 
     def forward(self, weight):
         return weight + self.scale * (self.B @ self.A)                         # (rows, columns)
@@ -316,15 +290,13 @@ class LoRA(nn.Module):
 
 def add_lora(model, rank, alpha, targets=("in_proj", "out_proj")):
     """Freeze a tower (or both) and give its linear maps LoRA; returns the new parameters, a list.
-
-    targets: of "in_proj" (ours: one A for queries, keys and values), "out_proj", "c_fc", "c_proj".
-    """
+    targets: of "in_proj" (ours: one A for queries, keys, values), "out_proj", "c_fc", "c_proj"."""
     added = []
     for path, module in list(model.requires_grad_(False).named_modules()):
         joint = isinstance(module, Attention)
         if ("in_proj" if joint else path.rpartition(".")[2]) in targets:
             name = "in_proj_weight" if joint else "weight"
-            lora = LoRA(getattr(module, name), rank, alpha)
+            lora = LoRA(getattr(module, name).detach(), rank, alpha)
             parametrize.register_parametrization(module, name, lora, unsafe=True)
             added += lora.parameters()
     return added
@@ -340,15 +312,12 @@ def merge_lora(model):
 # ------------------------------------------------------------------------------ files of weights
 def build(state_dict, device="cpu", release=False):
     """A CLIP with these weights (OpenAI's keys), sizes inferred from them, fp32, in eval mode.
-
     release: empty `state_dict` on the way, so that no weight is in memory twice.
-    ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity.
-    """
-    notes = ("input_resolution", "context_length", "vocab_size")               # in OpenAI's files
-    shapes = {key: tuple(value.shape) for key, value in state_dict.items() if key not in notes}
+    ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity."""
+    shapes = {k: tuple(v.shape) for k, v in state_dict.items() if v.is_floating_point()}  # no notes
     try:
-        stem = [shapes.get(f"visual.stem.{2 * i}.weight", ()) for i in range(8)]
-        stem = tuple(shape[0] for shape in stem if shape)[:-1]                 # the last is Dv
+        stem = [f"visual.stem.{2 * i}.weight" for i in range(8)]
+        stem = tuple(shapes[key][0] for key in stem if key in shapes)[:-1]     # the last is Dv
         blocks = [key for key in shapes if key.endswith(".ln_1.weight")][:99]
         vision_layers = sum(key.startswith("visual.") for key in blocks)
         patch = shapes["visual.conv1.weight"][-1]
@@ -376,44 +345,43 @@ def build(state_dict, device="cpu", release=False):
 
 
 Stored = namedtuple("Stored", "storage offset shape stride")   # a tensor that is not read yet
-DTYPES = {f"{kind}Storage": getattr(torch, kind.lower())
-          for kind in "Half BFloat16 Float Double Long Int Bool".split()}
-DTYPES["ByteStorage"] = torch.uint8
+KNOWN = {f"torch.{kind}Storage": getattr(torch, kind.lower())
+         for kind in "Half BFloat16 Float Double Long Int Bool".split()}
+KNOWN |= {"torch.ByteStorage": torch.uint8, "collections.OrderedDict": OrderedDict,
+          "torch._utils._rebuild_tensor_v2": lambda *arguments: Stored(*arguments[:4])}
 
 
 class Unpickler(pickle.Unpickler):
-    """Knows tensors (they become `Stored`), dictionaries and modules; another name is an error."""
-
-    persistent_load = staticmethod(tuple)        # of a storage: (_, dtype, key, device, length)
+    """Reads tensors (as `Stored`), dictionaries and modules; any other name is an error."""
+    persistent_load = staticmethod(tuple)        # a storage: (_, dtype, key, device, length)
 
     def find_class(self, module, name):
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: Stored(*arguments[:4])
-        if module.startswith("__torch__.") or (module, name) == ("collections", "OrderedDict"):
+        if module.partition(".")[0] == "__torch__":
             return OrderedDict                           # a module keeps its attributes in vars()
-        raise ValueError(f"it asks for {module}.{name}, expected only tensors")
+        if f"{module}.{name}" not in KNOWN:
+            raise ValueError(f"it asks for {module}.{name}, expected only tensors")
+        return KNOWN[f"{module}.{name}"]
 
 
 def read_archive(path):
     """{name: tensor} of a file of `torch.jit.save` or `torch.save`, without running its code.
-
     The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
-    checkpoint of SAPL only the CLIP is read. ValueError, one line, for anything else.
-    """
+    checkpoint of SAPL only the CLIP is read. ValueError, one line, for anything else."""
     def read(name):
         info = archive.getinfo(root + name)
-        if info.compress_type or max(info.compress_size, info.file_size) > size:
-            raise ValueError(f"{name} is compressed or longer than the file")
-        return bytearray(archive.read(info))
+        file.seek(info.header_offset + 26)               # there: lengths of two texts, then they
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        raw = torch.empty(min(info.file_size, size), dtype=torch.uint8)
+        if info.compress_type or file.readinto(raw.numpy()) < info.file_size:
+            raise ValueError(f"{name} is compressed or cut short")
+        return raw                                       # (bytes,)
 
     size, found, storages, tensors = os.path.getsize(path), {}, {}, {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             root, = [name[:-len("data.pkl")] for name in names if name.endswith("/data.pkl")]
-            program = read("data.pkl")
+            program = read("data.pkl").numpy().tobytes()
             if any("PUT" in code.name and n > size for code, n, _ in pickletools.genops(program)):
                 raise ValueError("its pickle asks for absurd memory")
             nodes, seen = [("", Unpickler(io.BytesIO(program)).load())], set()
@@ -427,11 +395,12 @@ def read_archive(path):
             found = {k[5:]: v for k, v in found.items() if k.startswith("clip.")} or found
             if sum(math.prod(t.shape) * t.storage[1].itemsize for t in found.values()) > 2 * size:
                 raise ValueError("its tensors claim more than twice its size")
-            swap = f"{root}byteorder" in names and read("byteorder") != sys.byteorder.encode()
+            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
             for name, ((_, dtype, key, *_), offset, shape, stride) in found.items():
                 if key not in storages:
-                    raw = torch.frombuffer(read(f"data/{key}"), dtype=torch.uint8)
-                    raw = raw.view(-1, dtype.itemsize).flip(1).flatten() if swap else raw
+                    raw = read(f"data/{key}")
+                    if order != sys.byteorder.encode():
+                        raw = raw.view(-1, dtype.itemsize).flip(1).flatten()
                     storages[key] = raw.view(dtype)                            # (length,)
                 tensors[name] = storages[key].as_strided(shape, stride, offset)    # shape
             return tensors
@@ -439,17 +408,17 @@ def read_archive(path):
         raise ValueError(f"{path}: no readable archive of weights: {error}") from error
 
 
-def fetch(url, sha256, cache=None):
+def fetch(url, sha256, cache=None, timeout=30, pauses=(0, 1, 5)):
     """The path of a file in the cache folder, downloaded if it is not there whole; else OSError."""
     target = Path(cache or CACHE).expanduser() / url.rpartition("/")[2]
     if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
         return target
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    for pause in PAUSES:
+    for pause in pauses:
         time.sleep(pause)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(part, "wb") as file:
+            with urllib.request.urlopen(url, timeout=timeout) as answer, open(part, "wb") as file:
                 total, digest = answer.length or 0, hashlib.sha256()
                 while block := answer.read(1 << 20):
                     digest.update(block)
@@ -468,39 +437,36 @@ def fetch(url, sha256, cache=None):
 
 def load(name_or_path="tiny", device="cpu", cache=None):
     """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file.
-
     name_or_path: of OFFICIAL (kept in `cache`), "tiny" (in this repository), or a file: OpenAI's
-    archive, a state dict, a checkpoint of SAPL. ValueError or OSError, one line.
-    """
+    archive, a state dict, a checkpoint of SAPL. ValueError or OSError, one line."""
     name = str(name_or_path)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if name in OFFICIAL:
-        file = name.replace("/", "-").replace("@", "-") + ".pt"
-        path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name], cache)
+        url = f"{MODELS}/{OFFICIAL[name]}/{name.replace('/', '-').replace('@', '-')}.pt"
+        path = fetch(url, OFFICIAL[name], cache)
     elif not path.is_file():
-        raise ValueError(f"no CLIP {name!r}, {path} is no file: expected one of tiny, "
-                         f"{', '.join(OFFICIAL)} (ResNets have no patches), or a file")
+        raise ValueError(f"no CLIP {name!r}, no file {path}: expected tiny, {', '.join(OFFICIAL)}, "
+                         "or a file (ResNets have no patches)")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     model = build(read_archive(path), device, release=True)
-    model.name, model.sha256 = name, hashlib.sha256(path.read_bytes()).hexdigest()
+    model.name, model.sha256 = name, sha256
     return model
 
 
 def lesson(text):
-    """Print the pieces and ids of a text, then the shapes and sizes of both towers."""
+    """Print the pieces of a text with their ids, then shapes and parameters of ViT-B/16."""
     there = (CACHE / VOCABULARY.rpartition("/")[2]).is_file()
     tokenizer = Tokenizer(49408 if there else 514)
-    print("pieces and ids" if there else f"no vocabulary in {CACHE}, so bytes and ids",
+    print("pieces" if there else f"no vocabulary in {CACHE}: bytes instead of pieces",
           *(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)), sep=" | ")
-    with torch.device("meta"):                           # ViT-B/16 in shapes alone, no numbers
+    with torch.device("meta"):                           # shapes alone, no numbers
         model = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
                      vision_patch_size=16, context_length=77, vocab_size=49408,
                      transformer_width=512, transformer_layers=12)
-        pixels, tokens = torch.empty(1, 3, 224, 224), torch.zeros(1, 77, dtype=torch.long)
-        steps = dict(pixels=pixels, patches=model.encode_patches(pixels)[1], tokens=tokens,
-                     image=model.encode_image(pixels), text=model.encode_text(tokens))
-    print("ViT-B/16", *(f"{name} {tuple(x.shape)}" for name, x in steps.items()), sep=" | ")
-    print("parameters", *(f"{name} {sum(p.numel() for p in part.parameters()):,}"
-                          for name, part in model.named_children()), sep=" | ")
+        (patches,), dense = model.encode_patches(torch.empty(1, 3, 224, 224), levels=[12])
+    print("pixels (1, 3, 224, 224), patches", tuple(patches.shape), "projected", tuple(dense.shape))
+    for name, part in model.named_children():
+        print(f"{name:16} {sum(p.numel() for p in part.parameters()):12,} parameters")
 
 
 if __name__ == "__main__":

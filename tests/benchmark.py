@@ -80,11 +80,11 @@ def bench_clip(layers=12, width=768):
                         lambda: clip.load(path), repeats=3)
         print(f"  archive of {Path(path).stat().st_size >> 20} MiB: read in {a:.2f} s, {b / a:.2f} x as fast as "
               f"torch.jit.load; into an fp32 model with its hash {c:.2f} s")
-        memory = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)"
-        code = f"import clip, resource; {memory}; model = clip.load({path!r}); {memory}"
+        memory = "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"     # KiB
+        code = f"import clip; {memory}; model = clip.load({path!r}); {memory}"
         before, after = map(int, subprocess.run([sys.executable, "-c", code], cwd=Path(clip.__file__).parent,
                                                 capture_output=True, text=True).stdout.split())
-        print(f"  memory to load it: {(after - before) / size:.2f} x the weights in fp32 ({size >> 20} MiB)")
+        print(f"  memory to load it: {1024 * (after - before) / size:.2f} x the weights in fp32 ({size >> 20} MiB)")
 
 
 def bench_data(size=224, photos=48):
@@ -267,10 +267,10 @@ def best_time(call, device, repeats=4):
 class PlainAttention(torch.nn.MultiheadAttention):
     """What most CLIP code uses: sequence first, attention weights computed and thrown away."""
 
-    def forward(self, x, causal=False, dense=None):
+    def forward(self, x, dense=None):
         x = x.transpose(0, 1)                                                         # (L, B, D)
         L = len(x)
-        mask = x.new_full((L, L), float("-inf")).triu(1) if causal else None          # (L, L)
+        mask = x.new_full((L, L), float("-inf")).triu(1) if self.causal else None          # (L, L)
         return super().forward(x, x, x, attn_mask=mask)[0].transpose(0, 1)            # (B, L, D)
 
 
@@ -280,6 +280,7 @@ def make_plain(model):
         for block in tower.resblocks:
             attention = PlainAttention(block.ln_1.weight.numel(), block.attn.heads)
             attention.load_state_dict(block.attn.state_dict())
+            attention.causal = block.attn.causal
             block.attn = attention
     short = model.encode_prompts
     pad = torch.nn.functional.pad
