@@ -3,71 +3,61 @@
     python tests/scene.py [--checkpoint FILE] [--out tests/scene.png]
 """
 import argparse
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import infer                                                    # noqa: E402 (path first)
+import data                                                     # noqa: E402 (path first)
+import infer                                                    # noqa: E402
+
+
+def fractal(rng, width, height, roughness=0.6):
+    """Cloudy noise in [0, 1], (height, width): random grids of doubling size, added up."""
+    total = np.zeros((height, width), np.float32)
+    for level in range(7):
+        grid = Image.fromarray(rng.random((3 * 2 ** level, 4 * 2 ** level), np.float32))
+        total += roughness ** level * np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
+    return (total - total.min()) / (total.max() - total.min())
 
 
 def scene(seed=3, width=448, height=320):
-    """A hilly landscape with a lake and trees, with grain -> PIL RGB."""
+    """Clouds over rolling meadows, softly focused, with a camera's grain -> PIL RGB."""
     rng = np.random.default_rng(seed)
-    y = np.linspace(0, 1, height)[:, None, None]
-    sky = (1 - y) * np.array([110, 150, 215]) + y * np.array([235, 215, 200])       # (height, 1, 3)
-    image = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).astype(np.uint8).copy())
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((330, 30, 370, 70), fill=(255, 240, 200))
-    x = np.arange(width)
-    for level, colour in ((150, (120, 135, 150)), (180, (95, 120, 105)), (215, (80, 115, 70))):
-        line = level + sum(rng.uniform(4, 16) * np.sin(x / rng.uniform(20, 90) + rng.uniform(0, 6))
-                           for _ in range(4))
-        draw.polygon([(0, height), *zip(x.tolist(), line.tolist()), (width, height)], fill=colour)
-    draw.ellipse((40, 250, 260, 300), fill=(120, 160, 190))
-    for _ in range(26):
-        cx, cy = rng.uniform(0, width), rng.uniform(235, 300)
-        size = (cy - 190) / 5
-        draw.rectangle((cx - 1, cy - size / 2, cx + 1, cy + size / 2), fill=(70, 50, 35))
-        shade = rng.uniform(0.7, 1.2)
-        draw.polygon([(cx, cy - 2 * size), (cx - size * 0.6, cy), (cx + size * 0.6, cy)],
-                     fill=tuple(int(v * shade) for v in (45, 85, 45)))
-    texture = rng.normal(0, 9, (height // 2, width // 2, 1)).repeat(2, 0).repeat(2, 1)
-    grain = rng.normal(0, 4, (height, width, 3))
-    array = np.asarray(image.filter(ImageFilter.GaussianBlur(0.7))) + texture * (y > 0.5) + grain
-    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
+    y, x = np.mgrid[:height, :width] / height
+    blue, white = np.array([95, 140, 205]), np.array([240, 238, 235])
+    cloud = (2.2 * fractal(rng, width, height) - 0.9).clip(0, 1)[..., None]
+    picture = blue + (white - blue) * np.maximum(cloud, y[..., None] / 2)
+    for depth, colour in enumerate(((130, 145, 140), (105, 130, 90), (85, 110, 50))):
+        line = 0.45 + 0.14 * depth + sum(0.03 * np.sin(x * rng.uniform(2, 9) + rng.uniform(0, 6))
+                                         for _ in range(4))
+        shade = 0.55 + 0.9 * fractal(rng, width, height, 0.75)[..., None]
+        picture = np.where((y > line)[..., None], np.array(colour) * shade, picture)
+    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    return Image.fromarray((np.asarray(image) + rng.normal(0, 3, (height, width, 1))).clip(0, 255)
+                           .astype(np.uint8))
 
 
-def manipulate(image):
-    """Paste a balloon from elsewhere: sharper, less grainy, another compression -> PIL RGB."""
-    big = Image.new("RGBA", (240, 320))
-    draw = ImageDraw.Draw(big)
-    for i, colour in enumerate(((200, 60, 50), (240, 200, 90), (200, 60, 50), (60, 90, 160))):
-        draw.ellipse((10 + 28 * i, 10, 230 - 28 * i, 230), fill=colour)
-    draw.line((70, 215, 100, 280), fill=(60, 40, 30), width=4)
-    draw.line((170, 215, 140, 280), fill=(60, 40, 30), width=4)
-    draw.rectangle((98, 276, 142, 310), fill=(120, 80, 50))
-    balloon = big.resize((90, 120), Image.Resampling.LANCZOS)
-    forged = image.copy()
-    forged.paste(balloon, (150, 60), balloon)
-    buffer = io.BytesIO()
-    forged.save(buffer, "JPEG", quality=92)
-    return Image.open(buffer).convert("RGB")
+def manipulate(image, seed):
+    """Paste a part of another such scene, as the training does -> PIL RGB."""
+    rng = np.random.default_rng(seed)
+    donor = np.asarray(scene(seed=seed + 100))
+    return Image.fromarray(data.synthesize(np.asarray(image), donor, rng, "splice")[0])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", help="default: the shipped model")
     parser.add_argument("--out", default=str(Path(__file__).with_name("scene.png")))
+    parser.add_argument("--seed", type=int, default=2, help="of the manipulation")
     args = parser.parse_args()
     model = infer.SAPL.load(args.checkpoint, "cpu")
     genuine = scene()
     panels = []
-    for image in (genuine, manipulate(genuine)):
+    for image in (genuine, manipulate(genuine, args.seed)):
         result = model.localize(image)
         heat = Image.fromarray((255 * result.map + 0.5).astype(np.uint8))
         panels += [image, infer.overlay(image, result, heat)]

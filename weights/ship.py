@@ -1,0 +1,44 @@
+"""Turn a finished training into the shipped weights/tiny.pt. Run by hand.
+
+    python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
+
+The thresholds are set on genuine photos that trained nothing, as `train.py` sets them on its validation
+pictures: at most 5 % of their pixels and 10 % of the pictures are flagged. No mask, no test set.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np                                              # noqa: E402 (path first)
+
+import infer                                                    # noqa: E402
+
+SETTINGS = {"clip": "tiny", "window": 128, "max_side": 512, "tune": "full"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a training")
+    parser.add_argument("--photos", required=True, help="folder of genuine photos")
+    parser.add_argument("--out", default=str(ROOT / "weights" / "tiny.pt"))
+    args = parser.parse_args()
+    model = infer.SAPL.load(args.checkpoint, "cpu")
+    model.config = {key: value for key, value in model.config.items()
+                    if key in infer.ECPL_KEYS + ("lora_rank", "lora_alpha")} | SETTINGS
+    pixels, scores = [], []
+    for path in sorted(Path(args.photos).iterdir()):
+        found = model.localize(path)
+        scores.append(found.score)
+        pixels.append(np.quantile(found.map, np.arange(1, 201) / 200, method="higher"))
+    model.threshold = float(np.quantile(pixels, 0.95, method="higher"))
+    model.score_threshold = float(np.quantile(scores, 0.9, method="higher"))
+    infer.save_checkpoint(args.out, model.half())
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, from {len(scores)} photos: "
+          f"threshold {model.threshold:.3f}, score threshold {model.score_threshold:.3f}")
+
+
+if __name__ == "__main__":
+    main()
