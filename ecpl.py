@@ -1,9 +1,9 @@
 """ECPL, edge-aware contrastive prompt learning: edge-enhanced features become text prompts.
 
-Source: SAPL (arXiv 2601.06222). The paper's observation: features vary far more across a manipulated
-boundary than inside regions. Its abstract fixes the idea (edge-enhanced image features, turned by
-attention into learnable prompts, compared with the image as a similarity map), no equation and no
-number; what we had to choose is marked `ours`.
+Source: SAPL (arXiv 2601.06222). The paper's observation: features vary far more across a
+manipulated boundary than inside regions. Its abstract fixes the idea (edge-enhanced image features,
+turned by attention into learnable prompts, compared with the image as a similarity map), no
+equation and no number; what we had to choose is marked `ours`.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
@@ -19,34 +19,36 @@ import clip
 CLASSES = ("genuine", "manipulated")
 
 
-# ----------------------------------------------------------------------------------- what an edge is
+# ------------------------------------------------------------------------------- what an edge is
 
 def sobel(x):
     """Gradient magnitude per channel. x (B, K, H, W) -> (B, K, H, W), borders replicated."""
     K = x.shape[1]
-    kernel = x.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
-    pair = torch.stack([kernel, kernel.T])[:, None].repeat(K, 1, 1, 1)               # (2K, 1, 3, 3)
-    g = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), pair, groups=K)           # (B, 2K, H, W)
-    return (g[:, 0::2].square() + g[:, 1::2].square() + 1e-16).sqrt()                # (B, K, H, W)
+    kernel = x.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8  # (3, 3)
+    pair = torch.stack([kernel, kernel.T])[:, None].repeat(K, 1, 1, 1)         # (2K, 1, 3, 3)
+    g = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), pair, groups=K)     # (B, 2K, H, W)
+    return (g[:, 0::2].square() + g[:, 1::2].square() + 1e-16).sqrt()          # (B, K, H, W)
 
 
 def soft_edges(image):
     """Soft edge map of the luminance: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1).
 
-    The paper names a soft edge map; the form is ours: g / (g + mean g), so a picture twice as dark has
-    the same edges, and half of the range lies at the picture's own mean gradient. Constant picture: 0.
+    The paper names a soft edge map; the form is ours: g / (g + mean g). A gradient as large as the
+    picture's mean gives one half, and a picture twice as dark has nearly the same edges. A constant
+    picture has none: all below 1e-4.
     """
-    weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-    g = sobel((image * weights).sum(dim=1, keepdim=True))                            # (B, 1, H, W)
-    mean = g.mean(dim=(2, 3), keepdim=True)                                          # (B, 1, 1, 1)
-    return g / (g + mean + 1e-3)              # ours: 1e-3, a quarter of an 8-bit step, keeps noise at 0
+    weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)         # (1, 3, 1, 1)
+    g = sobel((image * weights).sum(dim=1, keepdim=True))                      # (B, 1, H, W)
+    mean = g.mean(dim=(2, 3), keepdim=True)                                    # (B, 1, 1, 1)
+    # ours: 1e-3, a quarter of an 8-bit step, so that an almost flat picture keeps weak edges
+    return g / (g + mean + 1e-3)
 
 
 def pool_edges(edge, h, w):
-    """Edge strength per patch: edge (B, 1, H, W) -> (B, N), mean of the strongest quarter (ours)."""
+    """Edge strength per patch, the mean of its strongest quarter (ours): (B, 1, H, W) -> (B, N)."""
     B, _, H, W = edge.shape
-    cells = F.unfold(edge, (H // h, W // w), stride=(H // h, W // w))                # (B, area, N)
-    return cells.topk(max(1, cells.shape[1] // 4), dim=1).values.mean(dim=1)         # (B, N)
+    cells = F.unfold(edge, (H // h, W // w), stride=(H // h, W // w))          # (B, area, N)
+    return cells.topk(max(1, cells.shape[1] // 4), dim=1).values.mean(dim=1)   # (B, N)
 
 
 def feature_variation(features, h, w):
@@ -55,30 +57,35 @@ def feature_variation(features, h, w):
     This is the paper's measure of boundaries: large where neighbouring patches disagree.
     """
     B, N, Dv = features.shape
-    return sobel(features.transpose(1, 2).reshape(B, Dv, h, w)).flatten(2).transpose(1, 2)  # (B, N, Dv)
+    grid = features.transpose(1, 2).reshape(B, Dv, h, w)                       # (B, Dv, h, w)
+    return sobel(grid).flatten(2).transpose(1, 2)                              # (B, N, Dv)
 
 
-# ------------------------------------------------------------------------- edges -> prompts -> text
+# ---------------------------------------------------------------------- edges -> prompts -> text
 
 class PromptLearner(nn.Module):
     """Context tokens of both classes, shifted by what attention reads from the edge features.
 
-        G = e * sum over levels of W_l LayerNorm(dF_l)           edge-enhanced features
-        P = V + o(Attention(queries V, keys and values G))       o starts at zero: attention only adds
+        G = e * sum over levels of W_l LayerNorm(dF_l)                edge-enhanced features
+        P = V + o(Attention(queries LayerNorm(V), keys and values G))
         prompt of class c = [start] P_c words_c [end]
+
+    V: the context tokens. e: soft edges, dF_l: variation of the features at level l (in the control
+    of the ablation: e = 1, the features themselves). o starts at zero, so training starts from
+    P = V. Without `attend` it stays there: the plain learned prompt.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):
         super().__init__()
         Dv, Dt = clip_model.visual.proj.shape[0], clip_model.token_embedding.embedding_dim
         tokens = clip.tokenize(list(class_words), clip_model.context_length,
-                               clip_model.token_embedding.num_embeddings)            # (C, 77)
-        length = int(tokens.argmax(dim=-1).max()) + 1                                # with both ends
+                               clip_model.token_embedding.num_embeddings)      # (C, 77)
+        length = int(tokens.argmax(dim=-1).max()) + 1  # of the longest class, with both ends
         if length + context > clip_model.context_length:
             raise ValueError(f"{context} context tokens and the words {class_words} need "
                              f"{length + context} tokens, the text tower takes "
                              f"{clip_model.context_length}: shorten them")
-        self.register_buffer("tokens", tokens[:, :length], persistent=False)         # (C, words + 2)
+        self.register_buffer("tokens", tokens[:, :length], persistent=False)   # (C, words + 2)
         self.context = nn.Parameter(0.02 * torch.randn(len(class_words), context, Dt))  # (C, M, Dt)
         self.attend = attend
         if attend:
@@ -90,38 +97,41 @@ class PromptLearner(nn.Module):
             nn.init.zeros_(self.attention.out_proj.bias)
 
     def forward(self, clip_model, features, weight=None):
-        """features [(B, N, Dv) per level], weight (B, N) of the patches or None
-        -> text features (B or 1, C, D), unit length."""
+        """Text features (B or 1, C, D) of unit length; 1 without `attend`, which reads no picture.
+
+        features: [(B, N, Dv)], one per level. weight: (B, N) of the patches, None = all alike.
+        """
         C, M, Dt = self.context.shape
-        prompts = self.context[None]                                                 # (1, C, M, Dt)
+        prompts = self.context[None]                                           # (1, C, M, Dt)
         if self.attend:
             G = sum(project(norm(x)) for project, norm, x
-                    in zip(self.projections, self.norms, features))                  # (B, N, Dt)
-            if weight is not None:               # after the norm, which would undo it; flat patches: 0
-                G = weight[..., None] * G                                            # (B, N, Dt)
-            V = self.context.flatten(0, 1).expand(len(G), -1, -1)                    # (B, C * M, Dt)
-            read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)   # (B, C * M, Dt)
-            prompts = (V + read).view(len(G), C, M, Dt)                              # (B, C, M, Dt)
+                    in zip(self.projections, self.norms, features))            # (B, N, Dt)
+            if weight is not None:  # after the norm, which would undo it
+                G = weight[..., None] * G                                      # (B, N, Dt)
+            V = self.context.flatten(0, 1).expand(len(G), -1, -1)              # (B, C * M, Dt)
+            read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)  # (B, C * M, Dt)
+            prompts = (V + read).view(len(G), C, M, Dt)                        # (B, C, M, Dt)
         B = len(prompts)
-        words = clip_model.token_embedding(self.tokens).expand(B, -1, -1, -1)        # (B, C, words + 2, Dt)
-        sentence = torch.cat([words[:, :, :1], prompts, words[:, :, 1:]], dim=2)     # (B, C, L, Dt)
-        end = (self.tokens.argmax(dim=-1) + M).repeat(B)                             # (B * C,)
-        text = clip_model.encode_prompts(sentence.flatten(0, 1), end)                # (B * C, D)
-        return F.normalize(text.view(B, C, -1), dim=-1)                              # (B, C, D)
+        words = clip_model.token_embedding(self.tokens)                        # (C, words + 2, Dt)
+        words = words.expand(B, -1, -1, -1)                                 # (B, C, words + 2, Dt)
+        sentence = torch.cat([words[:, :, :1], prompts, words[:, :, 1:]], dim=2)  # (B, C, L, Dt)
+        end = (self.tokens.argmax(dim=-1) + M).repeat(B)                       # (B * C,)
+        text = clip_model.encode_prompts(sentence.flatten(0, 1), end)          # (B * C, D)
+        return F.normalize(text.view(B, C, -1), dim=-1)                        # (B, C, D)
 
 
-# ----------------------------------------------------------------------------- similarity -> map, score
+# ---------------------------------------------------------------------- similarity -> map, score
 
 def pool_score(logits, rho):
-    """Smooth top-k pooling: patch logits (B, N) -> image logit (B,). rho: share of patches that count.
+    """Smooth top-k pooling: patch logits (B, N) -> image logit (B,).
 
-    Ours: a mean weighted by how far each patch lies above the k-th largest, k = rho * N, so the
-    gradient also reaches the patches just below. The weights themselves carry no gradient.
+    Ours: a mean weighted by how far each patch lies above the k-th largest, so the gradient also
+    reaches the patches just below; the weights themselves carry none. rho: k as a share of N.
     """
     k = max(1, round(rho * logits.shape[1]))
-    edge = logits.detach().topk(k, dim=1).values[:, -1:]                             # (B, 1)
-    weight = torch.sigmoid(4 * (logits.detach() - edge))                             # (B, N)
-    return (weight * logits).sum(dim=1) / weight.sum(dim=1)                          # (B,)
+    edge = logits.detach().topk(k, dim=1).values[:, -1:]                       # (B, 1)
+    weight = torch.sigmoid(4 * (logits.detach() - edge))                       # (B, N)
+    return (weight * logits).sum(dim=1) / weight.sum(dim=1)                    # (B,)
 
 
 class Output(NamedTuple):
@@ -146,7 +156,8 @@ class ECPL(nn.Module):
 
     SETTINGS = ("levels", "context", "class_words", "edge_source", "prompts", "dense", "rho")
 
-    def __init__(self, clip_model, *, levels, context, class_words, edge_source, prompts, dense, rho):
+    def __init__(self, clip_model, *, levels, context, class_words, edge_source, prompts, dense,
+                 rho):
         super().__init__()
         assert edge_source in ("image", "features"), edge_source
         assert prompts in ("edges", "patches", "plain", "none"), prompts
@@ -154,82 +165,86 @@ class ECPL(nn.Module):
         self.dense, self.rho = dense, rho
         Dv, D = clip_model.visual.proj.shape
         if prompts == "none":
-            self.class_vectors = nn.Parameter(torch.randn(1, len(CLASSES), D) * D ** -0.5)
+            vectors = torch.randn(1, len(CLASSES), D) * D ** -0.5              # (1, C, D)
+            self.class_vectors = nn.Parameter(vectors)
         else:
             self.learner = PromptLearner(clip_model, levels=len(self.levels), context=context,
                                          class_words=class_words, attend=prompts != "plain")
-        # ours: shallower patch features join the last ones through gates that start at zero, because
-        # what betrays a manipulation (noise, blur, seams) fades with depth
+        # ours: the levels' patch features join the last ones through gates that start at zero,
+        # because what betrays a manipulation (noise, blur, seams) fades with depth
         self.level_norms = nn.ModuleList(nn.LayerNorm(Dv) for _ in self.levels)
         self.level_gates = nn.ModuleList(nn.Linear(Dv, D, bias=False) for _ in self.levels)
         for gate in self.level_gates:
             nn.init.zeros_(gate.weight)
-        self.log_scale = nn.Parameter(torch.tensor(10.0).log())     # temperature, bounded in `similarity`
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())  # bounded in `similarity`
         self.bias = nn.Parameter(torch.zeros(()))
 
     def soft_edges(self, image, levels, h, w):
-        """Soft edges per patch (B, N) in [0, 1), from the picture or from its deepest level."""
+        """Soft edges per patch (B, N) in [0, 1), from the picture or from its last level."""
         if self.edge_source == "image":
-            return pool_edges(soft_edges(image), h, w)
-        g = feature_variation(levels[-1], h, w).mean(dim=-1)                         # (B, N)
+            return pool_edges(soft_edges(image), h, w)                         # (B, N)
+        g = feature_variation(levels[-1], h, w).mean(dim=-1)                   # (B, N)
         return (g / (g + g.mean(dim=1, keepdim=True) + 1e-6)).detach()
 
     def text_features(self, clip_model, levels, edges, h, w):
-        """Unit text features of both classes (B or 1, C, D)."""
+        """Unit text features of both classes: (B, C, D), or (1, C, D) if no picture is read."""
         if self.prompts == "none":
-            return F.normalize(self.class_vectors, dim=-1)
+            return F.normalize(self.class_vectors, dim=-1)                     # (1, C, D)
         if self.prompts == "edges":
-            return self.learner(clip_model, [feature_variation(x, h, w) for x in levels], edges)
-        return self.learner(clip_model, levels)
+            variation = [feature_variation(x, h, w) for x in levels]           # [(B, N, Dv)]
+            return self.learner(clip_model, variation, edges)                  # (B, C, D)
+        return self.learner(clip_model, levels)                                # (B or 1, C, D)
 
     def similarity(self, features, text):
-        """Patch logits: features (B, N, D), text (B or 1, C, D) unit -> (B, N)."""
+        """Patch logits: features (B, N, D), text (B or 1, C, D) of unit length -> (B, N)."""
         features = F.normalize(features, dim=-1)
-        difference = text[:, 1] - text[:, 0]                                         # (B or 1, D)
-        scale = self.log_scale.clamp(0, 4.6).exp()                                   # ours: 1 .. 100, as CLIP
-        return scale * (features * difference[:, None]).sum(dim=-1) + self.bias      # (B, N)
+        difference = text[:, 1] - text[:, 0]                                   # (B or 1, D)
+        scale = self.log_scale.clamp(0, 4.6).exp()  # ours: 1 .. 99.5, just under CLIP's bound
+        return scale * (features * difference[:, None]).sum(dim=-1) + self.bias  # (B, N)
 
     def forward(self, clip_model, image):
         """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> Output."""
         h, w = clip_model.visual.grid(image)
-        levels, features = clip_model.encode_patches(clip.normalize(image), self.levels, self.dense)
-        edges = self.soft_edges(image, levels, h, w)                                 # (B, N)
-        text = self.text_features(clip_model, levels, edges, h, w)                   # (B, C, D)
+        pixels = clip.normalize(image)                                         # (B, 3, H, W)
+        # levels [(B, N, Dv)], features (B, N, D)
+        levels, features = clip_model.encode_patches(pixels, self.levels, self.dense)
+        edges = self.soft_edges(image, levels, h, w)                           # (B, N)
+        text = self.text_features(clip_model, levels, edges, h, w)             # (B or 1, C, D)
         for x, norm, gate in zip(levels, self.level_norms, self.level_gates):
-            features = features + gate(norm(x))                                      # (B, N, D)
-        logits = self.similarity(features, text)                                     # (B, N)
-        grid = logits.view(-1, h, w)                                                 # (B, h, w)
+            features = features + gate(norm(x))                                # (B, N, D)
+        logits = self.similarity(features, text)                               # (B, N)
+        grid = logits.view(-1, h, w)                                           # (B, h, w)
         return Output(grid, grid.sigmoid(), pool_score(logits, self.rho), text, levels, edges)
 
 
-# ----------------------------------------------------------------------------------- map -> region
+# --------------------------------------------------------------------------------- map -> region
 
 def spread(x, height, width):
-    """The largest value in a window around each cell: x (B, 1, h, w) -> (B, 1, h, w)."""
+    """The largest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
     return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
 
 
 def regions(probability, reach=1, radius=0):
-    """Close gaps in a responding boundary and fill what it encloses: (B, h, w) in [0, 1] -> the same.
+    """Close gaps in a responding boundary, fill what it encloses: (B, h, w) in [0, 1] -> the same.
 
-    The paper derives the mask by processing the similarity map; the form is ours: a grey closing with
-    a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the lowest value
-    that a way from it to the border must cross. No value is lowered by these, and a flat map stays as
-    it is. radius: of a mean over a square of patches in the end, 0 = none.
+    The paper derives the mask by processing the similarity map; the form is ours: a grey closing
+    with a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the
+    lowest value that a way from it to the border must cross. Both lower no value and leave a flat
+    map as it is. Last comes a mean over a square of 2 * radius + 1 patches; radius 0: none.
     """
-    x, size = probability[:, None], 2 * reach + 1                                    # (B, 1, h, w)
+    x, size = probability[:, None], 2 * reach + 1                              # (B, 1, h, w)
     closed = torch.maximum(-spread(-spread(x, size, size), size, size), x)
-    level = torch.full_like(x, float("inf"))          # water, let out over the border of the map
+    level = torch.full_like(x, float("inf"))  # water, let out over the border of the map
     level[..., 0, :], level[..., -1, :] = closed[..., 0, :], closed[..., -1, :]
     level[..., :, 0], level[..., :, -1] = closed[..., :, 0], closed[..., :, -1]
     while True:
-        lower = torch.minimum(-spread(-level, 3, 1), -spread(-level, 1, 3))          # from 4 neighbours
+        lower = torch.minimum(-spread(-level, 3, 1), -spread(-level, 1, 3))  # 4 neighbours
         lower = torch.minimum(level, torch.maximum(lower, closed))
         if torch.equal(lower, level):
             break
         level = lower
-    level = F.pad(level, (radius,) * 4, mode="replicate")                            # (B, 1, h+2r, w+2r)
-    return F.avg_pool2d(level, 2 * radius + 1, stride=1)[:, 0]                       # (B, h, w)
+    level = F.pad(level, (radius,) * 4, mode="replicate")                      # (B, 1, h+2r, w+2r)
+    return F.avg_pool2d(level, 2 * radius + 1, stride=1)[:, 0]                 # (B, h, w)
 
 
 def demo():
@@ -243,23 +258,27 @@ def demo():
     ecpl = ECPL(model, levels=(1, 2, 3), context=4, class_words=CLASSES, edge_source="image",
                 prompts="edges", dense=None, rho=0.1)
     edge = soft_edges(image)
-    print(f"image            {tuple(image.shape)}   a smooth ramp with a noisy square pasted at 40..88")
+    print(f"image            {tuple(image.shape)}   "
+          "a smooth ramp with a noisy square pasted at 40..88")
     print(f"soft edge map    {tuple(edge.shape)}   {edge.min():.2f} .. {edge.max():.2f}")
     print("pooled to the 8 x 8 patches, in percent; the outline of the square stands out:")
     for row in pool_edges(edge, 8, 8).view(8, 8):
         print("   ", " ".join(f"{100 * value:3.0f}" for value in row))
     with torch.no_grad():
         out = ecpl(model, image)
-    print(f"levels           {len(out.levels)} x {tuple(out.levels[0].shape)}   patch features at three depths")
-    print(f"text features    {tuple(out.text.shape)}   one per class, of this picture's own prompts")
-    print(f"map              {tuple(out.probability.shape)}   random weights: about 0.5 everywhere, "
-          f"{out.probability.mean():.2f}")
-    print(f"score            {out.score_logit.sigmoid().item():.2f}   smooth top-k of the map's logits")
+    print(f"levels           {len(out.levels)} x {tuple(out.levels[0].shape)}   "
+          "patch features at three depths")
+    print(f"text features    {tuple(out.text.shape)}   "
+          "one per class, of this picture's own prompts")
+    print(f"map              {tuple(out.probability.shape)}   "
+          f"random weights: about 0.5 everywhere, {out.probability.mean():.2f}")
+    print(f"score            {out.score_logit.sigmoid().item():.2f}   "
+          "smooth top-k of the map's logits")
     ring = torch.zeros(1, 8, 8)
     ring[0, 2:6, 2:6] = 0.9
     ring[0, 3:5, 3:5] = ring[0, 2, 4] = 0.1
-    print(f"regions()        a broken ring of {int((ring > 0.5).sum())} patches becomes a region of "
-          f"{int((regions(ring) > 0.5).sum())}")
+    before, after = ((x > 0.5).sum().item() for x in (ring, regions(ring)))
+    print(f"regions()        a broken ring of {before} patches becomes a region of {after}")
 
 
 if __name__ == "__main__":

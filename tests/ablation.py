@@ -1,10 +1,11 @@
-"""What each part of SAPL brings: the same short training with parts switched on and off. Run by hand.
+"""What each part of SAPL brings: one short training with parts switched on and off. Run by hand.
 
     python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --sets NAME=FOLDER .. [--seeds 3]
 
-Every eighth photo is held out: synthetic manipulations of these are the set "synthetic". Each run is one
-`train.py` with image labels only; masks measure, they never train. Finished runs are kept in --out
-and not repeated, so an interrupted ablation goes on. Prints a Markdown table, mean +- std over seeds.
+Every eighth photo is held out: synthetic manipulations of these are the set "synthetic". Each run
+is one `train.py` with image labels only; masks measure, they never train. The numbers of finished
+runs are kept in --out and not made again, so an interrupted ablation goes on. Prints a Markdown
+table, mean +- std over seeds.
 """
 import argparse
 import csv
@@ -40,7 +41,10 @@ VARIANTS = {
 
 
 def prepare(photos, out, count, seed=1):
-    """Split the photos, write `count` held-out pictures, half manipulated -> (training folder, set folder)."""
+    """Split the photos -> (folder to train on, folder of the held-out set).
+
+    The set has `count` pictures, every second one manipulated. Folders already there are kept.
+    """
     files = sorted(Path(photos).iterdir())
     kept, held = out / "photos", out / "synthetic"
     if not held.is_dir():
@@ -65,7 +69,8 @@ def run(name, changes, seed, args, kept, sets):
     out = args.out / f"{name}-{seed}".replace(" ", "_").replace("/", "_")
     shutil.rmtree(out, ignore_errors=True)
     config = train.Config(synthesize=str(kept), out=str(out), clip=args.clip, seed=seed, size=64,
-                          count=args.count, epochs=1, batch=32, lr=2e-3, val=0.03, workers=0, **changes)
+                          count=args.count, epochs=1, batch=32, lr=2e-3, val=0.03, workers=0,
+                          **changes)
     best = train.train(config)
     model = infer.SAPL.load(best, "cpu")
     rows = []
@@ -81,7 +86,7 @@ def run(name, changes, seed, args, kept, sets):
 
 
 def table(rows):
-    """Rows of the CSV as a Markdown table: pixel AUC, pixel F1 at 0.5, image AUC, per set."""
+    """Print the rows of the CSV as a Markdown table: METRICS for each set, mean +- std."""
     sets = list(dict.fromkeys(row["set"] for row in rows))
     print("| variant | " + " | ".join(f"{s}: {m}" for s in sets for m in METRICS) + " |")
     print("|---" * (1 + len(sets) * len(METRICS)) + "|")
@@ -89,7 +94,8 @@ def table(rows):
         cells = []
         for s in sets:
             for metric in METRICS:
-                values = [float(r[metric]) for r in rows if (r["variant"], r["set"]) == (name, s) and r[metric]]
+                values = [float(row[metric]) for row in rows
+                          if (row["variant"], row["set"]) == (name, s) and row[metric]]
                 cells.append(f"{statistics.mean(values):.3f}" if values else "-")
                 if len(values) > 1 and not name.startswith("("):
                     cells[-1] += f" +- {statistics.stdev(values):.3f}"
@@ -98,10 +104,13 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clip", required=True, help="pretrained CLIP, a name or file of clip.load")
+    parser.add_argument("--clip", required=True,
+                        help="pretrained CLIP, a name or file of clip.load")
     parser.add_argument("--photos", required=True, help="folder of genuine photos")
-    parser.add_argument("--sets", nargs="*", default=[], help="NAME=FOLDER of more test sets with masks")
-    parser.add_argument("--every", type=int, default=1, help="measure on every n-th picture of a set")
+    parser.add_argument("--sets", nargs="*", default=[],
+                        help="NAME=FOLDER of more test sets with masks")
+    parser.add_argument("--every", type=int, default=1,
+                        help="measure on every n-th picture of a set")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=4096, help="training pictures of a run")

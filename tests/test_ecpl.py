@@ -25,7 +25,8 @@ def test_sobel_equals_the_formula_pixel_by_pixel():
             a = pad[i:i + 3, j:j + 3]
             gx = (a[0, 0] + 2 * a[1, 0] + a[2, 0] - a[0, 2] - 2 * a[1, 2] - a[2, 2]) / 8
             gy = (a[0, 0] + 2 * a[0, 1] + a[0, 2] - a[2, 0] - 2 * a[2, 1] - a[2, 2]) / 8
-            assert ecpl.sobel(x)[0, 0, i, j].item() == pytest.approx((gx ** 2 + gy ** 2).sqrt().item(), abs=1e-6)
+            length = (gx ** 2 + gy ** 2).sqrt().item()
+            assert ecpl.sobel(x)[0, 0, i, j].item() == pytest.approx(length, abs=1e-6)
 
 
 def test_soft_edges_ignore_contrast_and_brightness():
@@ -66,7 +67,8 @@ def test_feature_variation_is_large_only_at_the_boundary():
     features = torch.zeros(1, 36, 5)
     features.view(1, 6, 6, 5)[:, :, 3:] = 1
     variation = ecpl.feature_variation(features, 6, 6).view(6, 6, 5)
-    assert (variation[:, 2:4] > 0.4).all() and variation[:, :2].max() < 1e-6 and variation[:, 4:].max() < 1e-6
+    assert (variation[:, 2:4] > 0.4).all()
+    assert variation[:, :2].max() < 1e-6 and variation[:, 4:].max() < 1e-6
 
 
 def test_starts_as_the_plain_learned_prompt(mini):
@@ -94,7 +96,7 @@ def test_text_features_equal_the_tower_on_the_full_77_tokens(mini):
 def test_gradients_reach_ecpl_and_nothing_of_clip(mini, prompts):
     mini.requires_grad_(False)
     model = ecpl.ECPL(mini, **SETTINGS | {"prompts": prompts})
-    for step in range(2):                       # the zero-initialised maps let gradients through from step 2
+    for step in range(2):           # the zero-initialised maps let gradients through from step 2
         out = model(mini, picture())
         loss = F.binary_cross_entropy_with_logits(out.score_logit, torch.tensor([0.0, 1.0]))
         loss.backward()
@@ -136,7 +138,7 @@ def test_score_is_between_the_mean_of_the_top_and_the_maximum():
     assert (score > logits.topk(30, dim=1).values.mean(dim=1)).all()
     assert torch.allclose(ecpl.pool_score(torch.full((1, 9), 2.5), 0.1), torch.tensor([2.5]))
     flat = logits.flatten(1)[:, torch.randperm(100)]
-    assert torch.allclose(ecpl.pool_score(flat, 0.1), score, atol=1e-5)      # order of patches is no matter
+    assert torch.allclose(ecpl.pool_score(flat, 0.1), score, atol=1e-5)  # the order is no matter
 
 
 def test_temperature_is_bounded(mini):

@@ -3,12 +3,13 @@
     python weights/make.py --photos DIR --teacher FILE --out runs/tiny.pt       both steps below
     python train.py --synthesize DIR --clip runs/tiny.pt --tune full ..         then SAPL (README)
 
-1. Distillation, if a teacher is given: any CLIP with an image tower of width 192 and 16-pixel patches. New
-   weights learn to predict its patch features block by block; the teacher sees each crop enlarged twice, so
-   that our 8-pixel patches stand for its 16-pixel ones.
-2. Captions: the synthesis knows what it did to a picture and says so ("manipulated, splice, soft border",
-   "genuine, quality 70, noise"). Patches and captions are contrasted as CLIP contrasts pictures and
-   texts, the patches that fit best speaking for the picture (FILIP, Yao et al. 2021, with our top-k).
+1. Distillation, if a teacher is given: any CLIP with an image tower of width 192 and 16-pixel
+   patches. New weights learn to predict its tokens block by block; the teacher sees each crop
+   enlarged twice, so that our 8-pixel patches stand for its 16-pixel ones.
+2. Captions: the synthesis knows what it did to a picture and says so ("manipulated, splice, soft
+   border", "genuine, quality 70, noise"). Patches and captions are contrasted as CLIP contrasts
+   pictures and texts, the patches that fit best speaking for the picture (FILIP, Yao et al. 2021,
+   with our top-k).
 No label of a person and no mask is used. Both steps run for a time, not a number of steps.
 """
 import argparse
@@ -31,12 +32,15 @@ import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
 import ecpl                                                     # noqa: E402
 
-SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=6, vision_width=192, vision_patch_size=8,
-             context_length=77, vocab_size=514, transformer_width=128, transformer_layers=3, stem=(32, 96))
+# Four blocks are kept because deeper ones are distilled worst: the run of the shipped model
+# distilled six and kept the first four.
+SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=4, vision_width=192,
+             vision_patch_size=8, context_length=77, vocab_size=514, transformer_width=128,
+             transformer_layers=3, stem=(32, 96))
 
 
 class Crops(Dataset):
-    """Batches of square crops, uint8 (B, 3, S, S): three of S = 64, then a quarter as many of S = 128."""
+    """Batches of square crops, uint8 (B, 3, S, S): three of S = 64, then one of S = 128, B / 4."""
 
     def __init__(self, photos, batch, seed):
         self.photos = [np.asarray(data.open_image(path)) for path in photos]
@@ -57,12 +61,12 @@ class Crops(Dataset):
             image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
         if rng.random() < 0.3:
             image = ImageEnhance.Color(image).enhance(rng.uniform(0.2, 1.7))
-        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)                    # (3, S, S)
+        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)            # (3, S, S)
 
     def __getitem__(self, i):
         rng, large = np.random.default_rng((self.seed, i)), i % 4 == 3
-        return torch.stack([self.crop(rng, 128 if large else 64)
-                            for _ in range(self.batch // 4 if large else self.batch)])  # (B, 3, S, S)
+        size, B = (128, self.batch // 4) if large else (64, self.batch)
+        return torch.stack([self.crop(rng, size) for _ in range(B)])           # (B, 3, S, S)
 
 
 class Captioned(data.SynthesisSet):
@@ -74,11 +78,12 @@ class Captioned(data.SynthesisSet):
 
 
 def collate(items):
-    """-> images (B, 3, S, S), token ids (B, L), which captions are the same (B, B), those in words."""
+    """-> images (B, 3, S, S), token ids (B, L), which captions are the same (B, B)."""
     words = [caption for _, caption in items]
     tokens = clip.tokenize(words, SIZES["context_length"], SIZES["vocab_size"], truncate=True)
-    same = torch.tensor([[float(a == b) for b in words] for a in words])               # (B, B)
-    return torch.stack([image for image, _ in items]), tokens[:, :int(tokens.argmax(1).max()) + 1], same
+    same = torch.tensor([[float(a == b) for b in words] for a in words])       # (B, B)
+    images = torch.stack([image for image, _ in items])                        # (B, 3, S, S)
+    return images, tokens[:, :int(tokens.argmax(1).max()) + 1], same
 
 
 class Clock:
@@ -88,7 +93,7 @@ class Clock:
         self.start, self.seconds, self.steps, self.rise = time.time(), 60 * minutes, 0, rise
 
     def tick(self, optimizer):
-        """Set the rates (rise, then half a cosine) -> the share of the time that is over."""
+        """Set the rates (half a cosine, times a rise over steps) -> share of the time gone by."""
         done, self.steps = (time.time() - self.start) / self.seconds, self.steps + 1
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * min(1, self.steps / self.rise) * max(
@@ -97,25 +102,28 @@ class Clock:
 
 
 def distil(student, teacher, loader, minutes, lr):
-    """Each block learns its teacher block's step from the teacher's own tokens, ever more often from
-    the student's, so that errors do not add up. Losses are relative to the variance of the step."""
-    clock, optimizer = Clock(minutes, 50), torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98),
-                                                             weight_decay=0)
+    """Teach the student's embedding and blocks to give what the teacher's give, for `minutes`.
+
+    A block starts from the teacher's tokens, ever more often from the student's own, so that it
+    learns to mend their errors. Losses are relative to the variance of the block's step.
+    """
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0)
+    clock = Clock(minutes, 50)
     optimizer.param_groups[0]["base"] = lr
     for image in loader:
         done = clock.tick(optimizer)
         if done >= 1:
             return
-        pixels = clip.normalize(image.float() / 255)                                   # (B, 3, S, S)
+        pixels = clip.normalize(image.float() / 255)                           # (B, 3, S, S)
         with torch.no_grad():
             tokens = [teacher.embed(F.interpolate(pixels, scale_factor=2, mode="bilinear"))]
             for block in teacher.transformer.resblocks[:len(student.transformer.resblocks)]:
-                tokens.append(block(tokens[-1]))                                       # (B, 1 + N, Dv)
-        own = student.embed(pixels)                                                    # (B, 1 + N, Dv)
+                tokens.append(block(tokens[-1]))                               # (B, 1 + N, Dv)
+        own = student.embed(pixels)                                            # (B, 1 + N, Dv)
         losses = [(own - tokens[0]).square().mean() / tokens[0].var()]
-        alone = (torch.rand(len(pixels), 1, 1) < min(1, 1.5 * done)).float()           # (B, 1, 1)
+        alone = (torch.rand(len(pixels), 1, 1) < min(1, 1.5 * done)).float()   # (B, 1, 1)
         for block, before, after in zip(student.transformer.resblocks, tokens, tokens[1:]):
-            own = block(alone * own.detach() + (1 - alone) * before)                   # (B, 1 + N, Dv)
+            own = block(alone * own.detach() + (1 - alone) * before)           # (B, 1 + N, Dv)
             losses.append((own - after).square().mean() / (after - before).var())
         optimizer.zero_grad()
         sum(losses).backward()
@@ -127,24 +135,24 @@ def distil(student, teacher, loader, minutes, lr):
 
 
 def caption(model, loader, minutes, lr, lr_tower):
-    """Contrast patches with captions; the distilled blocks move slowly, all that is new fast."""
+    """Contrast patches with captions; the tower moves slowly, its stem and head and texts fast."""
     slow = [p for name, p in model.visual.named_parameters()
             if not name.startswith(("stem", "proj", "ln_post"))]
     fast = [p for p in model.parameters() if all(p is not q for q in slow)]
-    optimizer = torch.optim.AdamW([{"params": slow, "base": lr_tower}, {"params": fast, "base": lr}],
-                                  betas=(0.9, 0.98), weight_decay=0.02)
+    groups = [{"params": slow, "base": lr_tower}, {"params": fast, "base": lr}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
     clock = Clock(minutes, 100)
     for image, tokens, same in loader:
         done = clock.tick(optimizer)
         if done >= 1:
             return
         patches = F.normalize(model.encode_patches(clip.normalize(image))[1], dim=-1)  # (B, N, D)
-        text = F.normalize(model.encode_text(tokens), dim=-1)                          # (T, D)
-        similarity = torch.einsum("bnd,td->btn", patches, text)                        # (B, T, N)
+        text = F.normalize(model.encode_text(tokens), dim=-1)                  # (T, D)
+        similarity = torch.einsum("bnd,td->btn", patches, text)                # (B, T, N)
         B, T, N = similarity.shape
         scale = model.logit_scale.exp().clamp(max=100)
         logits = scale * ecpl.pool_score(20 * similarity.flatten(0, 1), 0.1).view(B, T) / 20
-        target = same / same.sum(dim=1, keepdim=True)                                  # (B, T)
+        target = same / same.sum(dim=1, keepdim=True)                          # (B, T)
         loss = -((target * logits.log_softmax(1)).sum(1).mean()
                  + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
         optimizer.zero_grad()
@@ -172,8 +180,9 @@ def main():
     if args.teacher:
         teacher = clip.load(args.teacher).visual.requires_grad_(False)
         if teacher.proj.shape[0] != SIZES["vision_width"] or teacher.patch_size != 16:
-            sys.exit(f"error: the teacher has width {teacher.proj.shape[0]} and patches of {teacher.patch_size} "
-                     f"pixels, expected {SIZES['vision_width']} and 16: leave out --teacher")
+            sys.exit(f"error: the teacher has width {teacher.proj.shape[0]} and patches of "
+                     f"{teacher.patch_size} pixels, expected {SIZES['vision_width']} and 16: "
+                     "leave out --teacher")
         crops = DataLoader(Crops(photos, args.batch, args.seed), batch_size=None, num_workers=1)
         distil(model.visual, teacher, crops, args.distil_minutes, lr=2e-3)
     pairs = Captioned(photos, size=64, count=10 ** 8, seed=args.seed)
