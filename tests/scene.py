@@ -1,6 +1,6 @@
 """The README's picture: a scene drawn here, manipulated here, and what SAPL answers. Run by hand.
 
-    python tests/scene.py [--checkpoint FILE] [--out tests/scene.png]
+    python tests/scene.py [--checkpoint FILE] [--out tests/scene.png]   and forged.png beside it
 """
 import argparse
 import sys
@@ -20,7 +20,8 @@ def fractal(rng, width, height, roughness=0.6):
     total = np.zeros((height, width), np.float32)
     for level in range(7):
         grid = Image.fromarray(rng.random((3 * 2 ** level, 4 * 2 ** level), np.float32))
-        total += roughness ** level * np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
+        grid = grid.resize((width, height), Image.Resampling.BICUBIC)
+        total += roughness ** level * np.asarray(grid)
     return (total - total.min()) / (total.max() - total.min())
 
 
@@ -36,9 +37,10 @@ def scene(seed=3, width=448, height=320):
                                          for _ in range(4))
         shade = 0.55 + 0.9 * fractal(rng, width, height, 0.75)[..., None]
         picture = np.where((y > line)[..., None], np.array(colour) * shade, picture)
-    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
-    return Image.fromarray((np.asarray(image) + rng.normal(0, 3, (height, width, 1))).clip(0, 255)
-                           .astype(np.uint8))
+    image = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = np.asarray(image.filter(ImageFilter.GaussianBlur(0.8)))
+    grain = rng.normal(0, 3, (height, width, 1))
+    return Image.fromarray((image + grain).clip(0, 255).astype(np.uint8))
 
 
 def manipulate(image, seed):
@@ -67,6 +69,7 @@ def main():
     for i, panel in enumerate(panels):
         sheet.paste(panel, ((i % 2) * (W + 8), (i // 2) * (H + 8)))
     sheet.save(args.out)
+    panels[2].save(Path(args.out).with_name("forged.png"))
 
 
 if __name__ == "__main__":
