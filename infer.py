@@ -9,7 +9,7 @@ Shapes: B images, h, w patch grid, H, W pixels. A map is in [0, 1], 1 = manipula
 import argparse, base64, csv, glob, html, io, json, math, os, pickle, sys, time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ BAD = (OSError, ValueError, MemoryError)         # what a picture, not the progr
 
 def is_backbone(key):
     """Whether a key of SAPL's state dict is a weight of CLIP itself, not of ECPL or LoRA."""
-    return key.startswith("clip.") and (".parametrizations." not in key or key.endswith(".original"))
+    return key.startswith("clip.") and (".parametrizations." not in key
+                                        or key.endswith(".original"))
 
 
 def save_checkpoint(path, model, **state):
@@ -44,7 +45,7 @@ def save_checkpoint(path, model, **state):
     """
     tensors = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     own = {key: tensors.pop(key) for key in list(tensors) if is_backbone(key)}
-    for part in ("clip.", "parametrizations.", ".original"):            # what is left: OpenAI's names
+    for part in ("clip.", "parametrizations.", ".original"):         # what is left: OpenAI's names
         own = {key.replace(part, "", 1): value for key, value in own.items()}
     if model.config["tune"] != "full" and getattr(model.clip, "name", "") in clip.OFFICIAL:
         own = {"name": model.clip.name, "sha256": model.clip.sha256}
@@ -70,8 +71,9 @@ def load_checkpoint(path):
         assert state["format"] == 1 and {"config", "clip", "model", "threshold"} <= state.keys()
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError,
             AttributeError, AssertionError) as error:
-        raise ValueError(f"{path} is not a SAPL checkpoint of format 1 ({type(error).__name__}): use "
-                         "a file that train.py wrote, or its copy ending in .previous") from error
+        raise ValueError(
+            f"{path} is not a SAPL checkpoint of format 1 ({type(error).__name__}): use "
+            "a file that train.py wrote, or its copy ending in .previous") from error
     return state
 
 
@@ -79,7 +81,7 @@ def load_checkpoint(path):
 
 class Result(NamedTuple):
     """What `SAPL.localize` finds in a picture of H x W pixels."""
-    map: np.ndarray       # (H, W) float32 in [0, 1], probability of manipulation
+    map: np.ndarray       # (H, W) float32 in [0, 1], 1 = manipulated
     mask: np.ndarray      # (H, W) bool, map > threshold
     score: float          # of the whole picture, in [0, 1]
     decision: str         # "manipulated" if score > score_threshold, else "genuine"
@@ -97,19 +99,33 @@ def open_picture(source):
 
 def resize_map(grid, size):
     """grid (h, w) -> (H, W) = size, bilinear between the centres of the cells."""
-    return F.interpolate(grid[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    return F.interpolate(grid[None, None], size, mode="bilinear")[0, 0]             # (H, W)
 
 
 def starts(length, size):
-    """Where windows of a size begin that cover a length with a quarter of overlap or more (ours)."""
-    gaps = math.ceil(max(0, length - size) / (0.75 * size))
-    return np.linspace(0, max(0, length - size), 1 + gaps).astype(int).tolist()
+    """Where windows of a size begin that cover a length, overlapping by a quarter at least."""
+    last = max(0, length - size)
+    return np.linspace(0, last, 1 + math.ceil(last / (0.75 * size))).astype(int).tolist()
+
+
+def blend(total, weight, answer):
+    """Mean of answer(top, left) (.., h, w) over windows that cover total (.., rows, columns) of 0.
+
+    weight (h, w): how much each cell of a window counts.
+    """
+    (h, w), weights = weight.shape, torch.zeros_like(total)
+    for top in starts(total.shape[-2], h):
+        for left in starts(total.shape[-1], w):
+            cells = (..., slice(top, top + h), slice(left, left + w))
+            total[cells] += weight * answer(top, left)                              # (.., h, w)
+            weights[cells] += weight
+    return total / weights
 
 
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    found = [kind for kind in there if there[kind]]
+    found = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+             + ["cpu"])
     if name != "auto" and str(name).partition(":")[0] not in found:
         raise ValueError(f"found no device {name!r}, expected one of auto, {', '.join(found)}")
     return torch.device(found[0] if name == "auto" else name)
@@ -154,7 +170,8 @@ class SAPL(nn.Module):
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path} does not fit this version, train it again: "
                              f"{' '.join(str(error).split())[:300]}") from error
-        model.threshold, model.score_threshold = state["threshold"], state.get("score_threshold", 0.5)
+        model.threshold = state["threshold"]
+        model.score_threshold = state.get("score_threshold", 0.5)          # older files have none
         if merge and config["tune"] == "lora":
             clip.merge_lora(model.clip)
             model.config["tune"] = "full"          # saved again, its CLIP is no longer the official
@@ -164,28 +181,24 @@ class SAPL(nn.Module):
         """image (B, 3, H, W) -> patch probabilities (B, h, w), scores (B,), fp32 on the CPU."""
         device = self.ecpl.bias.device
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.windows(image.to(device)).float()                           # (B, h, w)
-            scores = ecpl.pool_score(logits.flatten(1), self.ecpl.rho)                # (B,)
+            logits = self.windows(image.to(device)).float()                         # (B, h, w)
+            scores = ecpl.pool_score(logits.flatten(1), self.ecpl.rho)              # (B,)
         return logits.sigmoid().cpu(), scores.sigmoid().cpu()
 
     def windows(self, image):
         """Patch logits (B, h, w): means over overlapping windows of config["window"] pixels.
 
         Ours: a tower that saw small pictures only does not know what to attend to in large ones.
-        0 or a smaller picture: the whole at once.
+        With 0, and for pictures that fit into one window: the whole at once.
         """
         p, size = self.clip.visual.patch_size, self.config.get("window", 0)
         B, _, H, W = image.shape
         if not size or max(H, W) <= size:
-            return self(image).logits
-        total, count = image.new_zeros(2, B, H // p, W // p)                          # (B, h, w) each
-        for top in starts(H // p, size // p):
-            for left in starts(W // p, size // p):
-                cells = (..., slice(top, top + size // p), slice(left, left + size // p))
-                pixels = (..., *(slice(p * cut.start, p * cut.stop) for cut in cells[1:]))
-                total[cells] += self(image[pixels]).logits
-                count[cells] += 1
-        return total / count
+            return self(image).logits                                               # (B, h, w)
+        h, w = min(size, H) // p, min(size, W) // p                                 # of a window
+        total, weight = image.new_zeros(B, H // p, W // p), image.new_ones(h, w)
+        return blend(total, weight, lambda top, left: self(                         # (B, h, w)
+            image[..., p * top:p * (top + h), p * left:p * (left + w)]).logits)
 
     def view(self, source):
         """The whole picture for the network: ((H, W) of the picture, (3, H', W') in [0, 1])."""
@@ -193,44 +206,45 @@ class SAPL(nn.Module):
         scale = min(1, self.config["max_side"] / max(picture.size)) / p
         size = [max(1, round(side * scale)) * p for side in picture.size]
         small = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-        return picture.size[::-1], data.to_tensor(small)
+        return picture.size[::-1], data.to_tensor(small)                            # (3, H', W')
 
     def tiles(self, picture, grid):
-        """Refine a view's grid (h, w) by overlapping tiles of the picture as it is: (rows, columns).
+        """Mean of a view's grid (h, w) and of overlapping tiles of the picture: (rows, columns).
 
-        Tiles are as large as a view; beside the picture only one and the grids lie in memory. What
-        the patches do not cover, less than half a patch on every side, is left out.
+        Tiles are as large as a view, of the picture as it is, one in memory at a time; what their
+        patches do not cover, less than half a patch on every side, is left out. The grid itself
+        for pictures no longer than max_side.
         """
         p, (W, H) = self.clip.visual.patch_size, picture.size
         if max(W, H) <= self.config["max_side"]:
             return grid
         most, rows, columns = self.config["max_side"] // p, max(1, H // p), max(1, W // p)
-        h, w = min(most, rows), min(most, columns)
-        ramps = [torch.sin(math.pi * (torch.arange(n) + 0.5) / n) for n in (h, w)]
-        window = ramps[0][:, None] * ramps[1]                                         # (h, w)
-        total, weight = torch.zeros(2, rows, columns)                                 # (rows, columns)
-        for top in starts(rows, h):
-            for left in starts(columns, w):
-                x, y = (W - columns * p) // 2 + left * p, (H - rows * p) // 2 + top * p
-                image = data.to_tensor(picture.crop((x, y, x + w * p, y + h * p)))    # (3, H, W)
-                total[top:top + h, left:left + w] += window * self.answer(image[None])[0][0]
-                weight[top:top + h, left:left + w] += window
-        return (total / weight + resize_map(grid, (rows, columns))) / 2      # ours: both count alike
+        h, w = min(most, rows), min(most, columns)                                  # of a tile
+        fade_y, fade_x = (torch.sin(math.pi * (torch.arange(n) + 0.5) / n) for n in (h, w))
+
+        def answer(top, left):
+            x, y = (W - columns * p) // 2 + left * p, (H - rows * p) // 2 + top * p
+            image = data.to_tensor(picture.crop((x, y, x + w * p, y + h * p)))      # (3, H', W')
+            return self.answer(image[None])[0][0]                                   # (h, w)
+
+        fade = fade_y[:, None] * fade_x                                             # (h, w)
+        fine = blend(torch.zeros(rows, columns), fade, answer)                     # (rows, columns)
+        return (fine + resize_map(grid, fine.shape)) / 2               # ours: both count alike
 
     def predict(self, images, pictures=None):
-        """Views of one size -> [(grid (h, w) in [0, 1], score)]. pictures: PIL images to be tiled."""
-        grids, scores = self.answer(torch.stack(images))                              # (B, h, w), (B,)
-        if pictures:
-            grids = [self.tiles(*each) for each in zip(pictures, grids)]
+        """Views of one size -> [(grid (h, w) in [0, 1], score)]. pictures: PIL, to be tiled."""
+        grids, scores = self.answer(torch.stack(images))                          # (B, h, w), (B,)
+        grids = [self.tiles(*each) for each in zip(pictures, grids)] if pictures else grids
         return zip(grids, scores.tolist())
 
     def result(self, size, grid, score, raw):
         """grid (h, w), score -> Result of size (H, W); ValueError where they are not numbers."""
         if not torch.isfinite(grid).all() or not math.isfinite(score):
             raise ValueError("the network's answer is not a number: check the checkpoint")
-        if not raw:                     # ours: smoothed over squares of about 40 pixels
-            grid = ecpl.regions(grid[None], radius=max(1, 16 // self.clip.visual.patch_size))[0]
-        map = resize_map(grid, size).numpy()                                          # (H, W)
+        if not raw:        # closed, filled and, ours, smoothed over squares of about 40 pixels
+            radius = max(1, 16 // self.clip.visual.patch_size)
+            grid = ecpl.regions(grid[None], radius=radius)[0]                       # (h, w)
+        map = resize_map(grid, size).numpy()                                        # (H, W)
         mask, decision = map > self.threshold, ecpl.CLASSES[score > self.score_threshold]
         return Result(map, mask, score, decision, self.threshold, float(mask.mean()),
                       self.score_threshold)
@@ -238,7 +252,7 @@ class SAPL(nn.Module):
     def localize(self, source, raw=False, tiles=False):
         """Is a picture (path, PIL image, uint8 array (H, W, 3)) manipulated, and where -> Result.
 
-        raw: the map as the network gives it, before regions are closed and filled. tiles: refine
+        raw: the map as the network gives it, not closed, filled and smoothed. tiles: refine
         pictures longer than max_side at their own resolution. Raises data.BadPicture or ValueError.
         """
         picture = open_picture(source)
@@ -253,32 +267,35 @@ def stream(model, sources, opener, raw, tiles):
     Yields (source, Result or error, seconds) in the order of the sources. opener: source -> what
     `SAPL.view` takes. At most 8 * BATCH views lie in memory.
     """
+    def ahead():
+        return [(source, pool.submit(lambda source=source: model.view(opener(source))))
+                for source in islice(sources, 4 * BATCH)]
+
     sources = iter(sources)
     with ThreadPoolExecutor(2) as pool:
-        def ahead():
-            return [(source, pool.submit(lambda source=source: model.view(opener(source))))
-                    for source in islice(sources, 4 * BATCH)]
         following = ahead()
-        while window := following:
+        while chunk := following:
             following, groups, answers = ahead(), defaultdict(list), {}
-            for i, (_, future) in enumerate(window):
-                if not isinstance(future.exception(), BAD):
-                    groups[future.result()[1].shape].append(i)
+            for i, (_, view) in enumerate(chunk):
+                if not isinstance(view.exception(), BAD):
+                    groups[view.result()[1].shape].append(i)
             for some in (g[k:k + BATCH] for g in groups.values() for k in range(0, len(g), BATCH)):
-                start, pictures = time.time(), tiles and [opener(window[i][0]) for i in some]
-                found = model.predict([window[i][1].result()[1] for i in some], pictures)
-                answers.update((i, (*each, (time.time() - start) / len(some))) for i, each in zip(some, found))
-            for i, (source, future) in enumerate(window):
+                start, pictures = time.time(), tiles and [opener(chunk[i][0]) for i in some]
+                found = model.predict([chunk[i][1].result()[1] for i in some], pictures)
+                seconds = (time.time() - start) / len(some)
+                answers.update((i, (*answer, seconds)) for i, answer in zip(some, found))
+            for i, (source, view) in enumerate(chunk):
                 *answer, seconds = answers.get(i, [0.0])
                 try:
-                    yield source, model.result(future.result()[0], *answer, raw), seconds
+                    result = model.result(view.result()[0], *answer, raw)
                 except BAD as error:
-                    yield source, error, seconds
+                    result = error
+                yield source, result, seconds
 
 
 # -------------------------------------------------------------------------------------- metrics
 
-THRESHOLDS = np.arange(1, 100) / 100
+THRESHOLDS = np.arange(1, 100) / 100                                                # (99,)
 ATTACKS = [f"{kind}:{value}" for kind, values in (                       # the grid of IMDL-BenCo
     ("jpeg", (100, 90, 80, 70, 60, 50)), ("blur", (3, 7, 11, 15, 19, 23)),
     ("noise", (3, 7, 11, 15, 19, 23))) for value in values]
@@ -311,11 +328,11 @@ def curve(values, truth):
     AUC: chance that a positive lies above a negative, ties half (mid-ranks); None with one class.
     """
     order = np.argsort(values, axis=None)[::-1]
-    values, truth = np.ravel(values)[order], np.ravel(truth)[order]
-    last = np.flatnonzero(np.append(values[1:] != values[:-1], values.size > 0))     # of each tie
-    tp = np.cumsum(truth, dtype=np.int64)[last]
+    values, truth = np.ravel(values)[order], np.ravel(truth)[order]                 # (n,)
+    last = np.flatnonzero(np.append(values[1:] != values[:-1], values.size > 0))    # (t,)
+    tp = np.cumsum(truth, dtype=np.int64)[last]                                     # (t,)
     fp = last + 1 - tp
-    won = np.sum(np.diff(fp, prepend=0) * (2 * tp - np.diff(tp, prepend=0)))         # pairs, twice
+    won = np.sum(np.diff(fp, prepend=0) * (2 * tp - np.diff(tp, prepend=0)))        # pairs, twice
     pairs = 2 * tp.max(initial=0) * fp.max(initial=0)
     return values[last].astype(np.float64), tp, fp, float(won / pairs) if pairs else None
 
@@ -329,8 +346,8 @@ def pixel_scores(map, mask, threshold):
     """All metrics of one picture: map (H, W) in [0, 1], mask (H, W) {0, 1}, not empty -> dict."""
     truth = np.asarray(mask, dtype=bool)
     t, tp, fp, auc = curve(map, truth)
-    f1 = np.where(t > 0, 2 * tp / (tp + fp + tp[-1]), 0.0)                # a map of 0 flags nothing
-    at = np.append(0.0, f1)[np.searchsorted(-t, -THRESHOLDS)]             # F1 of map > each threshold
+    f1 = np.where(t > 0, 2 * tp / (tp + fp + tp[-1]), 0.0)         # (t,) a map of 0 flags nothing
+    at = np.append(0.0, f1)[np.searchsorted(-t, -THRESHOLDS)]      # (99,) of map > each threshold
     values = {key: value or 0 for key, value in rates(map > threshold, truth).items()}
     return values | {"auc": auc, "f1_best": float(f1.max()), "at": at}
 
@@ -357,11 +374,12 @@ def baselines(picture):
     """Trivial maps (H, W) of a PIL picture: what a network must beat."""
     x, y = (np.linspace(-1, 1, side) for side in picture.size)
     return {"all_ones": np.ones((y.size, x.size), dtype=np.float32),
-            "centre": np.exp(-2 * (y[:, None] ** 2 + x ** 2)),     # ours: sigma is a quarter of a side
-            "edge": ecpl.soft_edges(data.to_tensor(picture)[None])[0, 0].numpy()}
+            "centre": np.exp(-2 * (y[:, None] ** 2 + x ** 2)),    # (H, W) ours: sigma 1/4 of a side
+            "edge": ecpl.soft_edges(data.to_tensor(picture)[None])[0, 0].numpy()}          # (H, W)
 
 
-def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None, raw=False, tiles=False):
+def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None, raw=False,
+             tiles=False):
     """The metrics of labelled pictures ([data.Picture]), of the model and of the baselines.
 
     attack: see data.attack. Returns (summary, one dict a picture); summary["excluded"] tells what
@@ -374,45 +392,47 @@ def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None
     if attack:
         data.attack(Image.new("RGB", (8, 8)), attack)          # a wrong one stops here
     labelled = [entry for entry in pictures if entry.label is not None]
-    rows, pixels, excluded = [], defaultdict(list), Counter({"no label": len(pictures) - len(labelled)})
+    rows, pixels, excluded = [], defaultdict(list), Counter()
+    excluded["no label"] = len(pictures) - len(labelled)
     for entry, result, _ in stream(model, labelled, opener, raw, tiles):
-        rows.append({"path": str(entry.path), "label": entry.label})
+        row = {"path": str(entry.path), "label": entry.label}
+        rows.append(row)
         try:
             if isinstance(result, Exception):
                 raise result
             mask = data.read_mask(entry) if entry.label and entry.mask else None
         except BAD as error:
-            rows[-1]["error"] = str(error)
+            row["error"] = str(error)
             excluded["no answer"] += 1
             continue
-        rows[-1]["score"] = result.score
+        row["score"] = result.score
         if not entry.label:
-            rows[-1]["fp_area"] = float((result.map > threshold).mean())
+            row["fp_area"] = float((result.map > threshold).mean())
         elif mask is None or not mask.any():
             excluded["no mask (pixels)" if mask is None else "empty mask (pixels)"] += 1
         else:
             for name, map in ({"model": result.map} | baselines(opener(entry))).items():
-                map = resize_map(torch.as_tensor(map), mask.shape).numpy()
+                map = resize_map(torch.as_tensor(map), mask.shape).numpy()          # (H, W)
                 pixels[name].append(pixel_scores(map, mask, threshold))
-            rows[-1] |= pixels["model"][-1]
+            row |= pixels["model"][-1]
             excluded["no genuine pixel (pixel_auc)"] += int(mask.all())
     scores, labels = ([row[key] for row in rows if "score" in row] for key in ("score", "label"))
-    summary = {"n": len(labels), "n_manipulated": sum(labels), "n_genuine": len(labels) - sum(labels),
+    summary = {"n": len(labels), "n_manipulated": sum(labels), "n_genuine": labels.count(0),
                "n_masks": len(pixels["model"]), "excluded": dict(+excluded), "threshold": threshold,
                "score_threshold": score_threshold, **pixel_summary(pixels["model"]),
                **image_summary(scores, labels, score_threshold)}
     summary["comb_f1"] = harmonic(summary["pixel_f1"], summary["image_f1_hm"])
     summary["fp_area"] = mean(row.get("fp_area") for row in rows)
-    summary["baselines"] = {name: pixel_summary(pixels[name]) for name in ("all_ones", "centre", "edge")}
+    summary["baselines"] = {x: pixel_summary(pixels[x]) for x in ("all_ones", "centre", "edge")}
     return summary, rows
 
 
 def print_table(name, summary):
     """One set's summary on the screen, the baselines beside."""
-    columns = {"model": summary} | summary["baselines"]
-    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in list(summary)[:7]))
+    columns, keys = {"model": summary} | summary["baselines"], list(summary)
+    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in keys[:7]))
     print(" " * 20 + "".join(f"{column:>10}" for column in columns))
-    for metric in list(summary)[7:-1]:
+    for metric in keys[7:-1]:
         cells = [each.get(metric, "") for each in columns.values()]
         cells = ["null" if x is None else x if x == "" else f"{x:.3f}" for x in cells]
         print(f"{metric:20}" + "".join(f"{x:>10}" for x in cells), "oracle" * ("best" in metric))
@@ -440,16 +460,18 @@ def colour(grey):
     """PIL L image -> RGB in the colours of INFERNO."""
     levels = [np.interp(range(256), np.linspace(0, 255, 10), channel) for channel in zip(*INFERNO)]
     grey = grey.copy()
-    grey.putpalette(np.stack(levels, axis=1).round().astype(np.uint8).tobytes())
+    grey.putpalette(np.stack(levels, axis=1).round().astype(np.uint8).tobytes())    # (256, 3)
     return grey.convert("RGB")
 
 
 def overlay(picture, result, heat):
-    """Map (heat: as L image) and contour of the mask over the picture, legend at its foot -> PIL RGB."""
+    """heat (the map as L image) and contour of the mask over the picture, a legend -> PIL RGB."""
     W, H = picture.size
-    canvas = Image.composite(colour(heat), picture, heat.point([round(0.7 * v) for v in range(256)]))
-    blur = Image.fromarray(result.mask).convert("L").filter(ImageFilter.BoxBlur(max(W, H) // 500 + 1))
-    canvas.paste((255, 255, 255), mask=blur.point([255 * (0 < v < 255) for v in range(256)]))
+    alpha = heat.point([round(0.7 * v) for v in range(256)])
+    canvas = Image.composite(colour(heat), picture, alpha)
+    blur = ImageFilter.BoxBlur(max(W, H) // 500 + 1)
+    soft = Image.fromarray(result.mask).convert("L").filter(blur)
+    canvas.paste((255, 255, 255), mask=soft.point([255 * (0 < v < 255) for v in range(256)]))
     if W >= 160 and H >= 80:
         sign = "<>"[result.score > result.score_threshold]
         text = (f"{result.decision}   score {result.score:.2f} {sign} {result.score_threshold:.2f}"
@@ -467,9 +489,10 @@ def overlay(picture, result, heat):
 
 
 REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title><style>
-body{font:15px sans-serif;background:#f4f4f2}main{display:flex;flex-wrap:wrap;gap:1em;align-items:start}
-figure{margin:0;padding:.6em;background:#fff;width:320px;overflow-wrap:anywhere}div{position:relative}
-img{width:100%;display:block}img+img{position:absolute;top:0;opacity:var(--o,1)}
+body{font:15px sans-serif;background:#f4f4f2}div{position:relative}
+main{display:flex;flex-wrap:wrap;gap:1em;align-items:start}img{width:100%;display:block}
+figure{margin:0;padding:.6em;background:#fff;width:320px;overflow-wrap:anywhere}
+img+img{position:absolute;top:0;opacity:var(--o,1)}
 </style><h1>SAPL report</h1><p>picture <input type="range" min="0" max="1" step=".01" value="1"
 oninput="document.body.style.setProperty('--o',this.value)"> overlay, sort by
 <button onclick="sort('score',-1)">score</button> <button onclick="sort('path',1)">path</button>
@@ -482,8 +505,9 @@ FIELDS = ("path", "score", "decision", "threshold", "area", "width", "height", "
 
 def show(folder, name, path, result):
     """Write a picture's map, mask and overlay below the folder -> its HTML for the report."""
-    picture, strips = open_picture(path), np.array_split(result.map, 64)        # spares memory
-    heat = Image.fromarray(np.concatenate([(255 * strip + 0.5).astype(np.uint8) for strip in strips]))
+    picture, strips = open_picture(path), np.array_split(result.map, 64)            # spares memory
+    strips = [(255 * strip + 0.5).astype(np.uint8) for strip in strips]
+    heat = Image.fromarray(np.concatenate(strips))                                  # (H, W)
     images = {"map": heat, "mask": Image.fromarray(result.mask).convert("L"),
               "overlay": overlay(picture, result, heat)}
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -496,7 +520,8 @@ def show(folder, name, path, result):
         image.save(buffer, "JPEG", quality=80)
         code = base64.b64encode(buffer.getvalue()).decode()
         thumbnails += f'<img alt="" src="data:image/jpeg;base64,{code}">'
-    return f"<div>{thumbnails}</div><b>{result.decision}</b> {result.score:.3f}, area {result.area:.1%}<br>"
+    return (f"<div>{thumbnails}</div><b>{result.decision}</b> {result.score:.3f}, "
+            f"area {result.area:.1%}<br>")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -507,12 +532,14 @@ def collect(arguments, out):
     Below a folder its structure is kept; a name that is taken gets a number.
     """
     found, names, out = [], {}, Path(out or os.devnull).resolve()
-    for line in (x for a in arguments for x in (sys.stdin.read().splitlines() if a == "-" else [a])):
+    lines = (sys.stdin.read().splitlines() if each == "-" else [each] for each in arguments)
+    for line in chain.from_iterable(lines):
         several = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
         for path in map(Path, several or [line]):
             inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
                       and p.name[0] != "." and not p.is_dir() and out not in p.resolve().parents]
-            found += [(p, p.relative_to(path)) for p in inside] if path.is_dir() else [(path, Path(path.name))]
+            found += ([(p, p.relative_to(path)) for p in inside] if path.is_dir()
+                      else [(path, Path(path.name))])
     if not any(os.path.lexists(path) for path, _ in found):
         raise ValueError(f"no pictures at {' '.join(arguments)}: name files, folders or a glob")
     for i, (path, relative) in enumerate(found):
@@ -529,14 +556,14 @@ def parse(arguments=None):
     add("--checkpoint", help="file that train.py wrote; default: the shipped weights/tiny.pt")
     add("--out", help="folder for maps, masks, overlays, results.csv, report.html, metrics.json")
     add("--threshold", type=float, help="of the map; default: the checkpoint's, 0.5 in --evaluate")
-    add("--score-threshold", type=float, help="of the decision; default: likewise")
+    add("--score-threshold", type=float, help="of the score, for the decision; default: likewise")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--json", **switch, help="print one JSON object a line")
     add("--bf16", **switch, help="compute in bfloat16, for GPUs")
-    add("--raw", **switch, help="the map before regions are closed and filled")
+    add("--raw", **switch, help="the map before it is closed, filled and smoothed")
     add("--tiles", **switch, help="refine large pictures at their own resolution")
     add("--skip-existing", **switch, help="leave out pictures whose images are in --out already")
-    add("--evaluate", nargs="+", default=[], metavar="SET", help="labelled folders or lists to measure")
+    add("--evaluate", nargs="+", default=[], metavar="SET", help="labelled folders or lists")
     add("--attack", help="in --evaluate, first apply jpeg:QUALITY, blur:KERNEL or noise:VARIANCE")
     add("--robustness", **switch, help="in --evaluate, apply the whole grid of attacks")
     args = parser.parse_args(arguments)
@@ -557,13 +584,12 @@ def write_csv(path, rows):
 def run_evaluation(model, args):
     """`--evaluate`: tables, and with --out metrics.json, per_image.csv, robustness.csv and .png."""
     summaries, images, grid = {}, [], []
-    limits = {key: 0.5 if vars(args)[key] is None else vars(args)[key]
-              for key in ("threshold", "score_threshold")}
     for name in args.evaluate:
         pictures, report = data.read_set(name)
         bad = sum(problem.startswith("bad file") for problem in report.problems)
         for attack in [args.attack, *ATTACKS * args.robustness]:
-            summary, rows = evaluate(model, pictures, **limits, attack=attack, raw=args.raw,
+            summary, rows = evaluate(model, pictures, threshold=model.threshold, attack=attack,
+                                     score_threshold=model.score_threshold, raw=args.raw,
                                      tiles=args.tiles)
             summary["excluded"] |= {"unreadable": bad} if bad else {}
             print_table(f"{name} {attack or ''}", summary)
@@ -580,13 +606,14 @@ def run_evaluation(model, args):
         if args.robustness:
             write_csv(out / "robustness.csv", grid)
             plot_robustness(out / "robustness.png", grid)
-    return int(any({"unreadable", "no answer"} & each["excluded"].keys() for each in summaries.values()))
+    found = {reason for each in summaries.values() for reason in each["excluded"]}
+    return int(not found.isdisjoint(("unreadable", "no answer")))
 
 
 def run_pictures(model, args):
     """Print, and with --out write, the answer for every picture -> exit status 0 or 1."""
-    names, folder, failed, start = collect(args.paths, args.out), Path(args.out or ""), 0, time.time()
-    mode, files = "a" if args.skip_existing else "w", [os.devnull] * 2
+    names, folder, failed = collect(args.paths, args.out), Path(args.out or ""), 0
+    start, mode, files = time.time(), "a" if args.skip_existing else "w", [os.devnull] * 2
     if args.out:
         files = folder / "results.csv", folder / "report.html"
         folder.mkdir(parents=True, exist_ok=True)
@@ -601,26 +628,28 @@ def run_pictures(model, args):
         for i, (name, (path, result, seconds)) in enumerate(zip(names, answers), start=1):
             row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
             if isinstance(result, Exception):
-                failed, row["error"], shown = 1, str(result), html.escape(f"{result} ")
-                print(f"error: {result}", file=sys.stderr)
+                failed, line, row["error"] = 1, "", str(result) or type(result).__name__
+                print(f"error: {row['error']}", file=sys.stderr)
+                shown = html.escape(row["error"] + " ")
             else:
                 row |= {key: value for key, value in result._asdict().items() if key in FIELDS}
                 row["height"], row["width"] = result.map.shape
+                line = f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}"
                 shown = show(folder, name, path, result) if args.out else ""
                 with Image.open(path) as file:
                     if getattr(file, "n_frames", 1) > 1:
                         print(f"note: {path}: first of {file.n_frames} frames", file=sys.stderr)
             label = html.escape(str(path))
-            report.write(f'<figure data-score="{row["score"]}" data-path="{label}">{shown}{label}</figure>\n')
+            report.write(f'<figure data-score="{row["score"]}" data-path="{label}">'
+                         f'{shown}{label}</figure>\n')
             csv.DictWriter(table, FIELDS).writerow(row)
             report.flush(), table.flush()
-            if args.json or not row["error"]:
-                print(json.dumps(row) if args.json else
-                      f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
+            if line := json.dumps(row) if args.json else line:
+                print(line, flush=True)
             if sys.stderr.isatty() and len(names) > 20:
                 rate = i / (time.time() - start)
-                print(f"{i}/{len(names)}  {rate:.1f} pictures/s  {(len(names) - i) / rate:.0f} s left  ",
-                      end="\r", file=sys.stderr)
+                print(f"{i}/{len(names)}  {rate:.1f} pictures/s  "
+                      f"{(len(names) - i) / rate:.0f} s left  ", end="\r", file=sys.stderr)
     return failed
 
 
@@ -629,9 +658,11 @@ def main(arguments=None):
     try:
         model = SAPL.load(args.checkpoint, args.device)
         model.bf16 = args.bf16
+        if args.evaluate:
+            model.threshold = model.score_threshold = 0.5
         for name in ("threshold", "score_threshold"):
-            if getattr(args, name) is not None:
-                setattr(model, name, getattr(args, name))
+            if vars(args)[name] is not None:
+                setattr(model, name, vars(args)[name])
         return run_evaluation(model, args) if args.evaluate else run_pictures(model, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

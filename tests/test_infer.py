@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("tune", ["full", "lora", "none"])
 def test_checkpoint_gives_the_same_model(tmp_path, tune):
     model, image = make_model(tune=tune), torch.rand(2, 3, 64, 96)
-    for parameter in model.parameters():                  # LoRA and attention start at zero: move them
+    for parameter in model.parameters():                  # some start at zero: move them
         parameter.data += 0.02 * torch.randn_like(parameter)
     model.threshold, model.score_threshold = 0.37, 0.61
     infer.save_checkpoint(tmp_path / "a.pt", model, epoch=3)
@@ -64,14 +64,16 @@ def test_checkpoint_gives_the_same_model(tmp_path, tune):
         again = infer.SAPL.load(tmp_path / "a.pt", device="cpu", merge=merge)
         assert (again.threshold, again.score_threshold) == (0.37, 0.61) and not again.training
         assert torch.allclose(again(image).logits, model(image).logits, atol=1e-4)
-    infer.save_checkpoint(tmp_path / "b.pt", infer.SAPL.load(tmp_path / "a.pt", device="cpu"))  # merged
+    merged = infer.SAPL.load(tmp_path / "a.pt", device="cpu")
+    infer.save_checkpoint(tmp_path / "b.pt", merged)
     assert torch.allclose(infer.SAPL.load(tmp_path / "b.pt", device="cpu")(image).logits,
                           model(image).logits, atol=1e-4)
 
 
 def test_only_the_image_tower_is_tuned():
     for tune, some in (("full", True), ("lora", True), ("none", False)):
-        names = [name for name, p in make_model(tune=tune).clip.named_parameters() if p.requires_grad]
+        parameters = make_model(tune=tune).clip.named_parameters()
+        names = [name for name, p in parameters if p.requires_grad]
         assert bool(names) == some and all(name.startswith("visual.") for name in names)
 
 
@@ -118,7 +120,8 @@ def test_wrong_checkpoints_are_named_in_one_line(tmp_path, checkpoint):
 def test_localize_takes_path_image_and_array(checkpoint, tmp_path):
     model, picture = infer.SAPL.load(checkpoint, device="cpu"), photo(70, 45)
     picture.save(tmp_path / "p.png")
-    results = [model.localize(source) for source in (tmp_path / "p.png", picture, np.asarray(picture))]
+    results = [model.localize(source)
+               for source in (tmp_path / "p.png", picture, np.asarray(picture))]
     for result in results:
         assert result.map.shape == result.mask.shape == (45, 70) and result.map.dtype == np.float32
         assert 0 <= result.map.min() and result.map.max() <= 1
@@ -177,8 +180,8 @@ def test_windows_are_means_of_what_each_window_says():
     assert torch.allclose(logits[..., :3], left[..., :3], atol=1e-5)
     assert torch.allclose(logits[..., 3], (left[..., 3] + right[..., 0]) / 2, atol=1e-5)
     assert torch.allclose(logits[..., 4:], right[..., 1:], atol=1e-5)
-    whole = make_model()
-    assert torch.allclose(model.answer(image[..., :64])[0], whole.answer(image[..., :64])[0], atol=1e-6)
+    whole, small = make_model(), image[..., :64]
+    assert torch.allclose(model.answer(small)[0], whole.answer(small)[0], atol=1e-6)
     for length in range(1, 40):                                   # windows leave no gap
         begin = infer.starts(length, 8)
         assert set(range(length)) <= {s + k for s in begin for k in range(8)}
@@ -195,8 +198,8 @@ def test_the_whole_picture_decides_the_score():
 
 def test_answers_do_not_depend_on_batch_or_order(monkeypatch):
     model = make_model()
-    sources = [photo(*size, seed) for seed, size in enumerate([(64, 64), (96, 64), (64, 64), (200, 90),
-                                                               (64, 64), (96, 64), (64, 64)])]
+    sizes = [(64, 64), (96, 64), (64, 64), (200, 90), (64, 64), (96, 64), (64, 64)]
+    sources = [photo(*size, seed) for seed, size in enumerate(sizes)]
     def answers(order, batch):
         monkeypatch.setattr(infer, "BATCH", batch)
         found = infer.stream(model, [sources[i] for i in order], infer.open_picture, False, False)
@@ -212,12 +215,15 @@ def test_answers_do_not_depend_on_batch_or_order(monkeypatch):
 def bomb():
     """A PNG whose header claims 60000 x 60000 pixels."""
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
             + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
-GOOD = {"grey.png": "L", "palette.png": "P", "alpha.png": "RGBA", "cmyk.jpg": "CMYK", "a b ü 图.png": "RGB"}
+GOOD = {"grey.png": "L", "palette.png": "P", "alpha.png": "RGBA", "cmyk.jpg": "CMYK",
+        "a b ü 图.png": "RGB"}
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +261,8 @@ def test_every_kind_of_picture(zoo, checkpoint, tmp_path, capsys):
     printed, errors = capsys.readouterr()
     with open(out / "results.csv", newline="", encoding="utf-8") as file:
         rows = {os.path.relpath(row["path"], zoo): row for row in csv.DictReader(file)}
-    assert list(next(iter(rows.values()))) == ["path", "score", "decision", "threshold", "area", "width",
-                                               "height", "seconds", "error"]
+    assert list(next(iter(rows.values()))) == [
+        "path", "score", "decision", "threshold", "area", "width", "height", "seconds", "error"]
     assert len(rows) == 12 + len(BROKEN) and len(printed.splitlines()) == 12
     assert {name for name, row in rows.items() if row["error"]} == BROKEN
     for name in BROKEN:
@@ -264,7 +270,8 @@ def test_every_kind_of_picture(zoo, checkpoint, tmp_path, capsys):
         assert rows[name]["decision"] == "" and name in rows[name]["error"]
     assert "moving.webp: first of 2 frames" in errors and "Traceback" not in errors
     maps = sorted(str(path.relative_to(out)) for path in out.rglob("*_map.png"))
-    assert len(maps) == 12 and "inside/grey_map.png" in maps and len([m for m in maps if "grey" in m]) == 3
+    assert len(maps) == 12 and "inside/grey_map.png" in maps
+    assert len([m for m in maps if "grey" in m]) == 3
     for name, row in rows.items():
         if not row["error"]:
             assert row["decision"] in ("manipulated", "genuine") and 0 <= float(row["score"]) <= 1
@@ -280,7 +287,8 @@ def test_every_kind_of_picture(zoo, checkpoint, tmp_path, capsys):
 
 def test_outputs_are_the_result(checkpoint, tmp_path):
     photo(90, 50).save(tmp_path / "p.png")
-    infer.main([str(tmp_path / "p.png"), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "o")])
+    infer.main([str(tmp_path / "p.png"), "--checkpoint", str(checkpoint),
+                "--out", str(tmp_path / "o")])
     result = infer.SAPL.load(checkpoint, device="cpu").localize(tmp_path / "p.png")
     map = np.asarray(Image.open(tmp_path / "o/p_map.png"), dtype=np.float32) / 255
     assert np.abs(map - result.map).max() <= 0.5 / 255 + 1e-4
@@ -322,9 +330,18 @@ def test_thresholds_move_mask_and_decision(zoo, checkpoint, capsys):
         row = json.loads(capsys.readouterr().out)
         return row["decision"], row["area"], row["threshold"]
     decision, area, _ = run()
-    assert run("--threshold", "0") == (decision, 1.0, 0.0) and run("--threshold", "1") == (decision, 0.0, 1.0)
+    assert run("--threshold", "0") == (decision, 1.0, 0.0)
+    assert run("--threshold", "1") == (decision, 0.0, 1.0)
     assert run("--score-threshold", "0") == ("manipulated", area, 0.5)
     assert run("--score-threshold", "1") == ("genuine", area, 0.5)
+
+
+def test_an_error_without_words_is_named(zoo, checkpoint, monkeypatch, capsys):
+    def full(path):
+        raise MemoryError
+    monkeypatch.setattr(data, "open_image", full)
+    assert infer.main([str(zoo / "grey.png"), "--checkpoint", str(checkpoint)]) == 1
+    assert capsys.readouterr() == ("", "error: MemoryError\n")
 
 
 def test_what_is_done_survives_an_interruption(zoo, checkpoint, tmp_path, monkeypatch):
@@ -341,10 +358,11 @@ def test_what_is_done_survives_an_interruption(zoo, checkpoint, tmp_path, monkey
 
 def test_the_real_command(zoo, checkpoint, tmp_path):
     command = [sys.executable, ROOT / "infer.py"]
-    listed = subprocess.run([*command, "-", "--checkpoint", checkpoint], capture_output=True, text=True,
-                            input=f"{zoo}/grey.png\n{zoo}/a b ü 图.png\n", timeout=300)
+    paths = [f"{zoo}/grey.png", f"{zoo}/a b ü 图.png"]
+    listed = subprocess.run([*command, "-", "--checkpoint", checkpoint], capture_output=True,
+                            text=True, input="\n".join(paths), timeout=300)
     assert listed.returncode == 0, listed.stderr
-    assert [line.split("  ")[0] for line in listed.stdout.splitlines()] == [f"{zoo}/grey.png", f"{zoo}/a b ü 图.png"]
+    assert [line.split("  ")[0] for line in listed.stdout.splitlines()] == paths
 
 
 def test_no_model_is_said_in_one_line(zoo, tmp_path, monkeypatch, capsys):
