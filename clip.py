@@ -107,12 +107,17 @@ def tokenize(texts, context_length=77, vocab_size=49408, truncate=False, cache=N
 
 
 # ---------------------------------------------------------------------------------------- towers
+def noise(*shape, std):
+    """A random parameter. Ours: uniform, as `build` would load torch's normal ones for a second."""
+    return nn.Parameter(torch.empty(shape).uniform_(-std * 3 ** 0.5, std * 3 ** 0.5))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
     def __init__(self, width, causal):
         super().__init__()
         self.heads, self.causal = max(1, width // 64), causal
-        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
+        self.in_proj_weight = noise(3 * width, width, std=width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
@@ -153,10 +158,8 @@ class Transformer(nn.Sequential):
 
 class Stem(nn.Sequential):
     """Ours, not OpenAI's: a second eye, stride-2 convolutions on what a small blur takes away.
-
     Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
-    sees. Added to it, from zero at first. Only the shipped tiny model has a stem.
-    """
+    sees. Added to it, from zero at first. Only the shipped tiny model has a stem."""
     def __init__(self, channels, width):
         layers = []
         for inner, out in zip((3, *channels), (*channels, width)):
@@ -182,12 +185,12 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.stem = Stem(stem, width) if stem else None
         scale, tokens = width ** -0.5, (resolution // patch_size) ** 2 + 1
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
+        self.class_embedding = noise(width, std=scale)
+        self.positional_embedding = noise(tokens, width, std=scale)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+        self.proj = noise(width, embed_dim, std=scale)
 
     def grid(self, pixels):
         """(h, w), rows and columns of patches, of pixels (B, 3, H, W), or ValueError."""
@@ -229,12 +232,12 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim, stem)
         self.transformer = Transformer(width, transformer_layers, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        words = noise(vocab_size, width, std=0.02)
+        self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
+        self.positional_embedding = noise(context_length, width, std=0.01)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.text_projection = noise(width, embed_dim, std=width ** -0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
