@@ -61,7 +61,7 @@ class Crops(Dataset):
             image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
         if rng.random() < 0.3:
             image = ImageEnhance.Color(image).enhance(rng.uniform(0.2, 1.7))
-        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)            # (3, S, S)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)              # (3, S, S)
 
     def __getitem__(self, i):
         rng, large = np.random.default_rng((self.seed, i)), i % 4 == 3
