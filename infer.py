@@ -557,6 +557,7 @@ def parse(arguments=None):
     add("--out", help="folder for maps, masks, overlays, results.csv, report.html, metrics.json")
     add("--threshold", type=float, help="of the map; default: the checkpoint's, 0.5 in --evaluate")
     add("--score-threshold", type=float, help="of the score, for the decision; default: likewise")
+    add("--clip-cache", default=str(clip.CACHE), help="folder that keeps OpenAI's files")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--json", **switch, help="print one JSON object a line")
     add("--bf16", **switch, help="compute in bfloat16, for GPUs")
@@ -655,6 +656,7 @@ def run_pictures(model, args):
 
 def main(arguments=None):
     args = parse(arguments)
+    clip.CACHE = args.clip_cache
     try:
         model = SAPL.load(args.checkpoint, args.device)
         model.bf16 = args.bf16

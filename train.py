@@ -45,6 +45,7 @@ class Config:
     count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine")
     clip: str = option("tiny", "tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file")
     init: str = option("", "start from this SAPL checkpoint and its model settings")
+    clip_cache: str = option("", "folder of OpenAI's files; none: ~/.cache/clip")
     tune: str = option("lora", "what of CLIP is trained", "lora", "full", "none")
     lora_rank: int = option(8, "rank of LoRA")
     lora_alpha: float = option(16.0, "LoRA adds alpha / rank times its product")
@@ -83,7 +84,8 @@ class Config:
 SIGNALS = signal.SIGINT, signal.SIGTERM
 LOSSES = "loss", "bce", "hecl"
 CURVES = *LOSSES[1:], "val_loss", "val_auc", "map_genuine", "map_manipulated"
-FREE = {"out", "device", "workers", "save_every", "bad_limit", "resume"}    # may change on --resume
+# what may change on --resume
+FREE = {"out", "clip_cache", "device", "workers", "save_every", "bad_limit", "resume"}
 
 
 def parse(arguments=None):
@@ -463,6 +465,7 @@ def train(config):
 
     Raises ValueError or OSError with one line; after SIGINT or SIGTERM SystemExit 130 or 143.
     """
+    clip.CACHE = config.clip_cache or clip.CACHE
     (config, state), (device, rank, world) = resumed(config), connect(config.device)
     train_set, val_set, pictures, held_out = make_sets(config)
     unit = math.lcm(2, config.accumulate * world * config.mosaic ** 2)
