@@ -439,13 +439,19 @@ def print_table(name, summary):
 
 
 def plot_robustness(path, rows):
-    """Draw pixel_f1 (red) and image_auc (blue), 0 to 1, mean over the sets, for each attack."""
-    image = Image.new("RGB", (24 + 50 * len(ATTACKS), 260), "white")
-    for i, attack in enumerate(ATTACKS):
-        ImageDraw.Draw(image).text((12 + 50 * i, 240), attack, fill="black")
-        for metric, ink in (("pixel_f1", "#c22"), ("image_auc", "#22c")):
-            y = 230 - 220 * (mean(row[metric] for row in rows if row["attack"] == attack) or 0)
-            ImageDraw.Draw(image).rectangle((12 + 50 * i, y - 3, 52 + 50 * i, y + 3), fill=ink)
+    """Draw pixel_f1 (red) and image_auc (blue), mean over the sets, for each attack and none."""
+    attacks = ["none", *ATTACKS]
+    image = Image.new("RGB", (60 + 50 * len(attacks), 280), "white")
+    draw = ImageDraw.Draw(image)
+    for tenth in range(0, 11, 2):
+        draw.line((36, 250 - 22 * tenth, image.width, 250 - 22 * tenth), fill="#ddd")
+        draw.text((8, 244 - 22 * tenth), f"{tenth / 10:.1f}", fill="black")
+    for k, (metric, ink) in enumerate((("pixel_f1", "#c22"), ("image_auc", "#22c"))):
+        draw.text((40 + 80 * k, 8), metric, fill=ink)
+        for i, attack in enumerate(attacks):
+            y = 250 - 220 * (mean(row[metric] for row in rows if row["attack"] == attack) or 0)
+            draw.rectangle((44 + 50 * i, y - 3, 84 + 50 * i, y + 3), fill=ink)
+            draw.text((44 + 50 * i, 260), attack, fill="black")
     image.save(path)
 
 
