@@ -665,6 +665,9 @@ def main(arguments=None):
     clip.CACHE = args.clip_cache
     try:
         model = SAPL.load(args.checkpoint, args.device)
+        if not args.checkpoint:
+            print("note: the shipped model is a demonstration, often wrong: see the README",
+                  file=sys.stderr)
         model.bf16 = args.bf16
         if args.evaluate:
             model.threshold = model.score_threshold = 0.5
