@@ -430,11 +430,10 @@ def run_epoch(run, objective, train_set, val_set, names):
         log(now["history"], config.out)
 
 
-def calibrate(run, genuine):
-    """Thresholds of best.pt (ours): at most 5 % of the pixels of held-out genuine pictures lie
-    above `threshold`, at most 10 % of these pictures score above `score_threshold`."""
-    path, pixels, scores = newest(run.config.out, "best.pt"), [], []
-    model, state = infer.SAPL.load(path, run.device, merge=False), infer.load_checkpoint(path)
+def set_thresholds(model, genuine):
+    """Set both thresholds of a SAPL (ours): at most 5 % of the pixels of these genuine pictures lie
+    above `threshold`, at most 10 % of the pictures score above `score_threshold`."""
+    pixels, scores = [], []
     for picture in genuine:
         with contextlib.suppress(data.BadPicture):
             found = model.localize(picture)
@@ -443,6 +442,13 @@ def calibrate(run, genuine):
     if scores:
         model.threshold = float(np.quantile(pixels, 0.95, method="higher"))
         model.score_threshold = float(np.quantile(scores, 0.9, method="higher"))
+
+
+def calibrate(run, genuine):
+    """Write best.pt again with thresholds from held-out genuine pictures."""
+    path = newest(run.config.out, "best.pt")
+    model, state = infer.SAPL.load(path, run.device, merge=False), infer.load_checkpoint(path)
+    set_thresholds(model, genuine)
     run.write("best.pt", model, epoch=state["epoch"], metrics=state["metrics"])
     print(f"best.pt: epoch {state['epoch']}, val_auc {state['metrics']['val_auc']:.3f}, threshold "
           f"{model.threshold:.3f}, score threshold {model.score_threshold:.3f}", flush=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np                                              # noqa: E402 (path first)
-
-import infer                                                    # noqa: E402
+import infer                                                    # noqa: E402 (path first)
+import train                                                    # noqa: E402
 
 SETTINGS = {"clip": "tiny", "window": 128, "max_side": 512, "tune": "full"}
 
@@ -28,15 +27,10 @@ def main():
     model = infer.SAPL.load(args.checkpoint, "cpu")
     model.config = {key: value for key, value in model.config.items()
                     if key in infer.ECPL_KEYS + ("lora_rank", "lora_alpha")} | SETTINGS
-    pixels, scores = [], []
-    for path in sorted(Path(args.photos).iterdir()):
-        found = model.localize(path)
-        scores.append(found.score)
-        pixels.append(np.quantile(found.map, np.arange(1, 201) / 200, method="higher"))
-    model.threshold = float(np.quantile(pixels, 0.95, method="higher"))
-    model.score_threshold = float(np.quantile(scores, 0.9, method="higher"))
+    photos = sorted(Path(args.photos).iterdir())
+    train.set_thresholds(model, photos)
     infer.save_checkpoint(args.out, model.half())
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, from {len(scores)} photos: "
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, from {len(photos)} photos: "
           f"threshold {model.threshold:.3f}, score threshold {model.score_threshold:.3f}")
 
 
