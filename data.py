@@ -386,13 +386,13 @@ def degrade(image, rng, size=None):
         words.append(f"scale {size[0] / image.width:.2f}")
         image = image.resize(size, Image.Resampling(sampling))
     if rng.random() < 0.15:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
+        image = image.filter(ImageFilter.GaussianBlur(0.3 * 13 ** rng.random()))
         words.append("blur")
     if rng.random() < 0.15:
         image = add_noise(image, rng.uniform(1, 6), rng)
         words.append("noise")
     if rng.random() < 0.65:
-        quality = int(rng.integers(60, 101))
+        quality = int(rng.integers(45, 101))
         image = jpeg(image, quality, *rng.integers(0, 8, 2), int(rng.choice([0, 2])))
         words.append(f"quality {quality}")
     return np.asarray(image), ", ".join(words) or "untouched"

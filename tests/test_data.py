@@ -353,6 +353,22 @@ def test_equal_chance_degrades_alike():
     assert data.degrade(one, np.random.default_rng(0), (64, 32))[0].shape == (32, 64, 3)
 
 
+def test_degrade_covers_the_robustness_grid(monkeypatch):
+    """JPEG down to 50, blur up to sigma 3.8, noise up to variance 23; strong blur stays rare."""
+    sigmas, noises, words = [], [], []
+    blur, noise = data.ImageFilter.GaussianBlur, data.add_noise
+    monkeypatch.setattr(data.ImageFilter, "GaussianBlur", lambda s: sigmas.append(s) or blur(s))
+    monkeypatch.setattr(data, "add_noise", lambda im, s, rng: noises.append(s) or noise(im, s, rng))
+    small = photo(0, 16, 16)
+    for seed in range(2000):
+        words += data.degrade(small, np.random.default_rng(seed))[1].split(", ")
+    qualities = [int(word.split()[1]) for word in words if word.startswith("quality")]
+    assert 45 == min(qualities) and max(qualities) == 100
+    assert 0.3 <= min(sigmas) < 0.35 and 3.6 < max(sigmas) <= 3.9
+    assert np.median(sigmas) == pytest.approx(1.08, rel=0.15) and 200 < len(sigmas) < 400
+    assert 1 <= min(noises) and 23 ** 0.5 < max(noises) <= 6
+
+
 # ------------------------------------------------------------------------------- training sets
 
 def test_synthesis_set_is_pairs_deterministic_and_new_each_epoch():
