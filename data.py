@@ -9,7 +9,7 @@ import io
 import json
 import re
 import sys
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -42,14 +42,15 @@ def opened(path):
         raise BadPicture(f"{path}: {error}".splitlines()[0]) from error
 
 
-def to_rgb(image):
-    """PIL image of any mode -> RGB: deeper than 8 bits scaled down, transparency on white."""
+def to_rgb(image, background="white"):
+    """PIL image of any mode -> RGB: deeper than 8 bits scaled down, what is transparent filled."""
     if image.mode[0] in "IF":                               # one channel: I;16, I, F
         values = np.asarray(image, dtype=np.float32)
         values = values / 257 if values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
@@ -61,8 +62,8 @@ def open_image(path):
 
 def to_tensor(image):
     """PIL RGB image or (H, W, 3) uint8 array -> (3, H, W) float32 in [0, 1]."""
-    array = np.array(image, dtype=np.uint8).transpose(2, 0, 1)           # (3, H, W)
-    return torch.from_numpy(np.ascontiguousarray(array)).float().div_(255)
+    array = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)       # (3, H, W)
+    return torch.from_numpy(np.divide(array, 255, order="C"))
 
 
 def jpeg(image, quality, dx=0, dy=0, subsampling=0):
@@ -80,14 +81,15 @@ def add_noise(image, sigma, rng):
 
 def attack(image, spec):
     """PIL RGB image after "jpeg:QUALITY", "blur:KERNEL" or "noise:VARIANCE", as in IMDL-BenCo."""
-    found = re.fullmatch("(jpeg|blur|noise):([1-9][0-9]?|100)", spec)
-    if not found:
+    if not (found := re.fullmatch("(jpeg|blur|noise):([1-9][0-9]?|100)", spec)):
         raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or "
                          "noise:VARIANCE with a number from 1 to 100, for example jpeg:70")
     value = int(found[2])
-    return {"jpeg": lambda: jpeg(image, value, subsampling=2),
-            "blur": lambda: image.filter(ImageFilter.GaussianBlur(0.35 + 0.15 * value)),  # OpenCV's
-            "noise": lambda: add_noise(image, value ** 0.5, np.random.default_rng(0))}[found[1]]()
+    if found[1] == "jpeg":
+        return jpeg(image, value, subsampling=2)
+    if found[1] == "noise":
+        return add_noise(image, value ** 0.5, np.random.default_rng(0))
+    return image.filter(ImageFilter.GaussianBlur(0.35 + 0.15 * value))     # OpenCV's for a kernel
 
 
 # -------------------------------------------------------------------------- a data set on disk
@@ -98,7 +100,6 @@ class Picture(NamedTuple):
     label: int | None
     mask: Path | None = None
     source: str = ""              # pictures of one scene share it: never split up by `split`
-    layout: str = "list"
     inverted: bool = False        # the mask is black where manipulated
 
 
@@ -122,13 +123,13 @@ LAYOUTS = {   # name: (genuine, manipulated, mask, scene)
 
 def read_folder(root):
     """A folder in one of LAYOUTS -> (pictures, report); in none of them: pictures, no labels."""
-    names = {file: file.relative_to(root).with_suffix("").as_posix().lower()
+    names = {file: "/" + file.relative_to(root).with_suffix("").as_posix().lower()
              for file in sorted(root.rglob("*")) if file.suffix.lower() in EXTENSIONS}
-    names = {file: name for file, name in names.items() if "/." not in f"/{name}"}    # not hidden
+    names = {file: name for file, name in names.items() if "/." not in name}         # not hidden
     for layout, (*patterns, scene) in LAYOUTS.items():
-        found = [(file, role, match.groups()) for role in (1, 0, 2) for file, name in names.items()
-                 if (match := re.search(f"(?:^|/){patterns[role]}$", name))]
-        roles = {file: (role, key) for file, role, key in found}         # a mask is no picture
+        roles = {file: (role, match.groups())          # the last fitting role: a mask is no picture
+                 for role in (1, 0, 2) for file, name in names.items()
+                 if (match := re.search(f"/{patterns[role]}$", name))}
         count = Counter(role for role, _ in roles.values())
         if 2 * len(roles) >= len(names) > 0 and (layout != "IMD2020" or count[0] + count[2]):
             break
@@ -142,8 +143,8 @@ def read_folder(root):
         if role == 1 and count[2] and not mask:
             problems.append(f"no mask: {file}")
         if role < 2:
-            source = "".join(re.search(f"(?:^|/){scene}$", names[file]).groups(""))
-            pictures.append(Picture(file, role, mask, source, layout))
+            source = "".join(re.search(f"/{scene}$", names[file]).groups(""))
+            pictures.append(Picture(file, role, mask, source))
     problems += [f"mask without picture: {file}" for (role, key), file in first.items()
                  if role == 2 and (1, key) not in first]
     return sorted(pictures), Report(layout, len(names) - len(roles), problems)
@@ -151,26 +152,27 @@ def read_folder(root):
 
 def read_list(file):
     """A list in one of the formats below -> (pictures, report); paths start at its folder."""
+    pictures, problems, kind = {}, [], file.suffix.lower()
     try:
-        rows = file.read_text(encoding="utf-8-sig").splitlines()
-        if file.suffix.lower() == ".csv":                      # image,label,mask
-            rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(rows)]
-        elif file.suffix.lower() != ".json":                   # MVSS-Net: image mask label
-            rows = [line.rsplit(maxsplit=2) for line in rows if line.strip()]
-        elif isinstance(rows := json.loads("".join(rows)), list):        # IMDL-BenCo
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        if kind == ".csv":                                     # image,label[,mask]
+            rows = [(row["image"], row.get("mask"), row["label"]) for row in csv.DictReader(lines)]
+        elif kind != ".json":                                  # MVSS-Net: image mask label
+            rows = [line.rsplit(maxsplit=2) for line in lines if line.strip()]
+        elif isinstance(rows := json.loads("".join(lines)), list):         # IMDL-BenCo
             rows = [(image, mask, mask != "Negative") for image, mask in rows]
         else:                                                  # WSCL: {id: {path, label, mask}}
             rows = [(row["path"], row.get("mask"), row["label"]) for row in rows.values()]
-        rows = [(file.parent / path, mask, [0, 1].index(int(label))) for path, mask, label in rows]
+        for name, mask, label in rows:
+            path, label = file.parent / name, [0, 1].index(int(label))
+            mask = file.parent / mask if label and mask not in ("", "None", None) else None
+            if path in pictures:
+                problems.append(f"duplicate: {path}")
+            pictures.setdefault(path, Picture(path, label, mask, path.stem.lower()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"found {file}, which cannot be read ({error!r}), expected CSV with the "
                          "header image,label,mask, text 'image mask label', or JSON") from None
-    pictures = {}
-    for path, mask, label in rows:
-        mask = file.parent / mask if label and mask not in (None, "", "None", "Negative") else None
-        pictures.setdefault(path, Picture(path, label, mask, path.stem.lower()))
-    repeated = [path for path, times in Counter(row[0] for row in rows).items() if times > 1]
-    return list(pictures.values()), Report("list", 0, [f"duplicate: {path}" for path in repeated])
+    return list(pictures.values()), Report("list", 0, problems)
 
 
 def picture_size(path):
@@ -180,20 +182,23 @@ def picture_size(path):
         return (image.size if turn >= 5 else image.size[::-1]), turn
 
 
-def read_set(path, masks=True):
-    """A folder or list -> (pictures, report) without bad files; ValueError if none is left."""
+def read_set(path, masks=True, decode=False):
+    """A folder or list -> (pictures, report) without bad files; ValueError if none is left.
+    Reads headers and the first masks; masks=False: no mask; decode: every file to its end."""
     root = Path(path)
     if not root.exists():
         raise ValueError(f"found no {root}, expected a folder or list of pictures: check the path")
     entries, report = read_folder(root) if root.is_dir() else read_list(root)
-    pictures, white = [], []                            # white: its share in the first masks
+    pictures, white = [], []                             # white: its share in the masks read
     for picture in entries if masks else [entry._replace(mask=None) for entry in entries]:
         try:
-            size, _ = picture_size(picture.path)
+            size = picture_size(picture.path)[0]
+            if decode:
+                open_image(picture.path)
             if picture.mask and (found := picture_size(picture.mask)[0]) != size:
                 change = "turned" if found == size[::-1] else "resized"
                 report.problems.append(f"mask of another size, will be {change}: {picture.mask}")
-            if picture.mask and len(white) < 16:
+            if picture.mask and (decode or len(white) < 16):
                 white.append(read_mask(picture).mean())
             pictures.append(picture)
         except BadPicture as error:
@@ -216,13 +221,13 @@ def read_mask(picture, size=None):
     if not picture.mask:
         raise ValueError(f"found no mask for {picture.path}, expected one to compare with")
     with opened(picture.mask) as image:
-        if picture.layout == "Columbia":       # green, bright or dark = inserted, red = the rest
-            red, green, _ = (np.asarray(band) for band in image.convert("RGB").split())
+        mask = to_rgb(image, "black")
+        if picture.mask.stem.endswith("_edgemask"):      # Columbia: green, bright or dark, and red
+            red, green, _ = (np.asarray(band) for band in mask.split())
             mask = green > red
-        else:                                  # the transparent counts as black
-            grey, alpha = (to_rgb(image) if image.mode[0] in "IF" else image).convert("LA").split()
-            values = np.asarray(ImageChops.multiply(grey, alpha))
-            top = values.max()                 # 0 and 1, or dark colours of a palette, also count
+        else:                                            # 0 and 1, or a dark palette, also count
+            values = np.asarray(mask.convert("L"))
+            top = values.max()
             mask = values > (127 if top > 127 or image.format == "JPEG" else top / 2)
     mask = Image.fromarray(mask != picture.inverted)
     if mask.size == own_size != own_size[::-1]:        # on its side; ours: else anticlockwise
@@ -234,12 +239,10 @@ def read_mask(picture, size=None):
 
 def split(pictures, fraction, seed):
     """Pictures -> (train, val): about `fraction` of the scenes go to val, no scene to both."""
-    scenes = sorted({picture.source for picture in pictures})
-    chosen = np.random.default_rng(seed).permutation(len(scenes))[:round(fraction * len(scenes))]
-    held_out, parts = {scenes[i] for i in chosen}, ([], [])
-    for picture in pictures:
-        parts[picture.source in held_out].append(picture)
-    return parts
+    scenes = np.random.default_rng(seed).permutation(sorted({p.source for p in pictures}))
+    held_out = set(scenes[:round(fraction * len(scenes))])
+    return ([p for p in pictures if p.source not in held_out],
+            [p for p in pictures if p.source in held_out])
 
 
 # ----------------------------------------------------------------------------------- synthesis
@@ -359,8 +362,8 @@ def synthesize(photo, donor, rng, kind=None):
             step = (right - left, 0) if rng.random() < 0.5 else (0, bottom - top)
             layer = ImageChops.offset(photo, *step)
             words.append("fill from beside")
-        feather = min(rng.uniform(0.5, 3), region.histogram()[255] ** 0.5 / 10)
-        feather = feather if rng.random() < 0.5 else 0           # pixels
+        feather = min(rng.uniform(0.5, 3), region.histogram()[255] ** 0.5 / 10)      # pixels
+        feather = feather if rng.random() < 0.5 else 0
         alpha = region.filter(ImageFilter.GaussianBlur(feather)).point(INNER)
         alpha = ImageChops.darker(alpha, region)                 # nothing leaks into its notches
         result = Image.composite(layer, photo, alpha)
@@ -439,7 +442,7 @@ class TrainingSet(Dataset):
         """A random square, `side` pixels at most, flipped or not, resampled to `work` -> RGB."""
         side = max(1, min(round(side), *photo.shape[:2]))
         y, x = (rng.integers(0, full - side + 1) for full in photo.shape[:2])
-        window = Image.fromarray(np.ascontiguousarray(photo[y:y + side, x:x + side]))
+        window = Image.fromarray(photo[y:y + side, x:x + side])
         window = ImageOps.mirror(window) if rng.random() < 0.5 else window
         return window.resize((work, work), Image.Resampling.BICUBIC)
 
@@ -464,8 +467,7 @@ class SynthesisSet(TrainingSet):
         self.labels = [i % 2 for i in range(count)]
 
     def __getitem__(self, index):
-        image, _, _ = self.make(index // 2, index % 2)
-        return to_tensor(image), self.labels[index], index
+        return to_tensor(self.make(index // 2, index % 2)[0]), self.labels[index], index
 
     def make(self, number, label):
         """One picture of a pair -> (image (H, W, 3) uint8, mask (H, W) uint8 {0, 1}, caption)."""
@@ -487,32 +489,30 @@ class SynthesisSet(TrainingSet):
 
 # -------------------------------------------------------------------------------- command line
 
-def leaks(pictures, folds=5):
-    """How well trivial cues tell the class -> {cue: balanced accuracy by cross-validation}.
+def accuracy_from(values, labels):
+    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance. Source: ours.
+    Each is guessed from those of the same value in the other half of the pictures."""
+    half = np.random.default_rng(0).permutation(len(labels)) % 2
+    total, right = Counter(zip(half, labels)), {0: [], 1: []}
+    seen = Counter(zip(half, labels, values))
+    for other, value, label in zip(1 - half, values, labels):
+        own, wrong = (seen[other, c, value] / max(1, total[other, c]) for c in (label, 1 - label))
+        right[label].append(0.5 + 0.5 * np.sign(own - wrong))                # a draw: half right
+    return np.mean([np.mean(right[0]), np.mean(right[1])])
 
-    Each cue guesses the class in which its value (or sixteenth) is commoner in the other folds.
-    """
-    rows, accuracy = [], {}
+
+def leaks(pictures):
+    """How well trivial cues in the files' headers tell the class -> {cue: `accuracy_from`}."""
+    cues = defaultdict(list)
     for path, *_ in pictures:
         with opened(path) as image:
-            rows.append({"format": image.format, "size": str(image.size),
-                         "aspect": image.width / image.height,
-                         "JPEG tables": str(getattr(image, "quantization", "")),
-                         "bytes per pixel": path.stat().st_size / (image.width * image.height)})
-    label = np.array([picture.label for picture in pictures])
-    fold = np.random.default_rng(0).permutation(len(label)) % folds
-    for cue in rows[0]:
-        values = [row[cue] for row in rows]
-        if not isinstance(values[0], str):
-            values = np.searchsorted(np.quantile(values, np.arange(1, 16) / 16), values)
-        code = np.unique(values, return_inverse=True)[1]
-        seen = np.zeros((folds, 2, code.max() + 1))
-        np.add.at(seen, (fold, label, code), 1)
-        rest = seen.sum(0) - seen                                        # (folds, 2, codes)
-        rate = rest / rest.sum(2, keepdims=True).clip(1)
-        guess = 0.5 + 0.5 * np.sign(rate[:, 1] - rate[:, 0])[fold, code]
-        accuracy[cue] = (guess[label == 1].mean() + 1 - guess[label == 0].mean()) / 2
-    return accuracy
+            density = path.stat().st_size / (image.width * image.height)
+            cues["format"].append(image.format)
+            cues["size"].append(image.size)
+            cues["aspect"].append(round(8 * np.log2(image.width / image.height)))
+            cues["JPEG tables"].append(str(getattr(image, "quantization", "")))
+            cues["bytes per pixel"].append(round(8 * np.log2(density)))
+    return {cue: accuracy_from(values, [p.label for p in pictures]) for cue, values in cues.items()}
 
 
 def contact_sheet(rows, path, cell=128):
@@ -528,29 +528,21 @@ def contact_sheet(rows, path, cell=128):
 
 
 def describe(path, cues):
-    """Print what a data set holds, every file decoded -> (rows for `contact_sheet`, problems)."""
-    pictures, (layout, ignored, problems) = read_set(path)
-    rows, sizes, formats = [], [], Counter(picture.path.suffix.lower() for picture in pictures)
-    for i, picture in enumerate(pictures):
-        try:
-            images = [np.asarray(open_image(picture.path))]
-            sizes.append(images[0].shape[:2])
-            images += [read_mask(picture) * 255] if picture.mask else []
-            rows += [(images, picture.path.name)] if i % (len(pictures) // 24 + 1) == 0 else []
-        except BadPicture as error:
-            problems.append(f"bad file: {error}")
-    if not sizes:
-        raise ValueError(f"found no readable picture in {path}, but {problems[-1]}")
-    count = Counter(picture.label for picture in pictures)
+    """Print what a data set holds and what is wrong -> (rows for `contact_sheet`, problems)."""
+    pictures, (layout, ignored, problems) = read_set(path, decode=True)
+    count, formats = Counter(p.label for p in pictures), Counter(p.path.suffix for p in pictures)
+    sizes = {picture_size(p.path)[0] for p in pictures}
     print(f"{path}: {layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} without "
           f"label, {sum(p.mask is not None for p in pictures)} masks, {ignored} others\n"
-          f"{dict(formats)}, {len(set(sizes))} sizes (H, W) from {min(sizes)} to {max(sizes)}")
+          f"{dict(formats)}, {len(sizes)} sizes (H, W) from {min(sizes)} to {max(sizes)}")
     for cue, accuracy in leaks(pictures).items() if cues and count[0] and count[1] else ():
         print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)")
         if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
             problems.append(f"leak: {cue} alone tells the class")
     print("\n".join(problems) or "nothing wrong")
-    return rows, problems
+    shown = pictures[::len(pictures) // 24 + 1]
+    return [([np.asarray(open_image(p.path)), *([read_mask(p) * 255] if p.mask else [])],
+             p.path.name) for p in shown], problems
 
 
 def write_synthesis(pairs, out):
