@@ -2,6 +2,7 @@
 
 Reading order: one picture -> a data set on disk -> synthesis -> training sets -> command line.
 Label 1 and mask 1 = manipulated. The training sets hold paths and labels only: no way to a mask.
+`python data.py` without arguments prints a short lesson on a picture that it draws itself.
 """
 import argparse
 import csv
@@ -562,6 +563,36 @@ def write_synthesis(pairs, out):
     return rows
 
 
+def demo():
+    """From a photo to a training item, on two pictures drawn here: what each step makes."""
+    rng = np.random.default_rng(1)
+    colours = [Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)) for _ in range(2)]
+    photo, donor = (np.asarray(add_noise(image.resize((128, 96)), 4, rng)) for image in colours)
+    print(f"photo         {photo.shape} {photo.dtype}: soft colours and a camera's noise\n"
+          "synthesize()  a picture of the same shape, a mask (96, 128) of 0 and 1, a caption:")
+    for kind in reversed(KINDS):
+        changed, mask, caption = synthesize(photo, donor, rng, kind)
+        differs = (changed != photo).any(2)                              # (H, W)
+        print(f"    mask {mask.mean():3.0%}, in it {differs[mask == 1].mean():4.0%} of the pixels "
+              f"differ, outside {differs[mask == 0].sum()}: {caption}")
+    print("the last mask in 8 x 8 blocks, in percent:")
+    for row in mask.reshape(8, 12, 8, 16).mean((1, 3)):                  # (8, 8), row by row
+        print("   ", " ".join(f"{100 * share:3.0f}" for share in row))
+    for name, image in (("genuine", photo), ("manipulated", changed)):
+        result, words = degrade(image, np.random.default_rng(1))
+        print(f"degrade()     {name:11} -> {result.shape}, by the same chance: {words}")
+    labels, small = [0, 1] * 1000, Image.fromarray(photo[:16, :16])
+    files = [90 - 20 * label for label in labels]                        # their JPEG quality
+    words = [degrade(np.asarray(jpeg(small, quality)), rng)[1] for quality in files]
+    again = [line.partition("quality")[2] for line in words]
+    print(f"leaks()       genuine files of JPEG quality {files[0]}, manipulated ones of {files[1]}: "
+          f"this tells\n    the class with accuracy {accuracy_from(files, labels):.2f}, after "
+          f"degrade() with {accuracy_from(again, labels):.2f}; chance is 0.50")
+    items = SynthesisSet([photo, donor], size=64, count=2, seed=0)
+    for image, label, index in (items[0], items[1]):
+        print(f"training      item {index}: {tuple(image.shape)} in [0, 1], label {label}, no mask")
+
+
 def main(words=None):
     """The command line; returns the exit status: 0 fine, 1 something is wrong, 2 wrong call."""
     parser = argparse.ArgumentParser(description="What is in a data set, or make one from photos.")
@@ -591,4 +622,4 @@ def main(words=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main() if sys.argv[1:] else demo())

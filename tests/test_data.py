@@ -1,5 +1,6 @@
 """Reading, synthesis and training sets, on pictures that the tests draw themselves."""
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -461,7 +462,20 @@ def test_leaks_are_found_and_absent(tmp_path, capsys):
     assert "leak: JPEG tables alone tells the class" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["nowhere"], ["x", "--synthesize", "y"], ["--synthesize", "y"]])
+def test_without_arguments_it_prints_its_lesson(tmp_path):
+    lessons = [subprocess.run([sys.executable, ROOT / "data.py"], cwd=tmp_path, capture_output=True,
+                              text=True) for _ in range(2)]
+    said = lessons[0].stdout
+    assert [lesson.returncode for lesson in lessons] == [0, 0] and said == lessons[1].stdout
+    assert 15 <= len(said.splitlines()) <= 25 and list(tmp_path.iterdir()) == []
+    assert said.count("outside 0: ") == len(data.KINDS)          # nothing changes outside of a mask
+    one, two = (line.split("->")[1] for line in said.splitlines() if line.startswith("degrade()"))
+    assert one == two and re.search(r"accuracy 1.00, after degrade\(\) with 0\.(4[89]|5[0-2]);", said)
+    assert "item 1: (3, 64, 64) in [0, 1], label 1" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--leaks"], ["--out", "z"], ["nowhere"], ["--synthesize", "y"],
+                                   ["x", "--synthesize", "y"], ["x", "--out", "z"]])
 def test_wrong_calls_say_so_in_one_line(words, capsys):
     assert data.main(words) == 2
     said = capsys.readouterr().err
