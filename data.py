@@ -585,9 +585,9 @@ def demo():
     files = [90 - 20 * label for label in labels]                        # their JPEG quality
     words = [degrade(np.asarray(jpeg(small, quality)), rng)[1] for quality in files]
     again = [line.partition("quality")[2] for line in words]
-    print(f"leaks()       genuine files of JPEG quality {files[0]}, manipulated ones of {files[1]}: "
-          f"this tells\n    the class with accuracy {accuracy_from(files, labels):.2f}, after "
-          f"degrade() with {accuracy_from(again, labels):.2f}; chance is 0.50")
+    print("leaks()       genuine files of JPEG quality 90, manipulated ones of 70: this tells the "
+          f"class\n    with accuracy {accuracy_from(files, labels):.2f}, after degrade() with "
+          f"{accuracy_from(again, labels):.2f}; chance is 0.50")
     items = SynthesisSet([photo, donor], size=64, count=2, seed=0)
     for image, label, index in (items[0], items[1]):
         print(f"training      item {index}: {tuple(image.shape)} in [0, 1], label {label}, no mask")

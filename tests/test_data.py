@@ -232,6 +232,13 @@ def test_lists(tmp_path, name):
     assert not data.read_mask(pictures[1]).any()
 
 
+def test_columbia_masks_are_read_from_a_list_too(tmp_path):
+    save(tmp_path / "b_01.tif"), save(tmp_path / "b_01_edgemask.jpg", draw_columbia_mask())
+    (tmp_path / "set.csv").write_text("image,label,mask\nb_01.tif,1,b_01_edgemask.jpg\n")
+    mask = data.read_mask(data.read_set(tmp_path / "set.csv")[0][0])
+    assert (mask != region(on=1)).mean() < 0.02
+
+
 @pytest.mark.parametrize("text", ["[[1, 2, 3]]", "{\"a\": 1}", "not json"])
 def test_a_broken_list_is_one_line(tmp_path, text):
     path = tmp_path / "x.json"
