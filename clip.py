@@ -27,7 +27,6 @@ import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)   # of OpenAI's training pictures, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -112,6 +111,30 @@ def noise(*shape, std):
     return nn.Parameter(torch.empty(shape).uniform_(-std * 3 ** 0.5, std * 3 ** 0.5))
 
 
+class LoRA(nn.Module):
+    """A trainable change of low rank beside a frozen linear map: alpha / rank * B A x, Hu et al.
+    2021. Beside it, not added to its weight, whose own gradient would cost a third as much again."""
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.scale = alpha / rank
+        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=rank ** -0.5))
+        self.B = nn.Parameter(weight.new_zeros(len(weight), rank))             # no change at first
+
+    def forward(self, x):
+        return self.scale * F.linear(F.linear(x, self.A), self.B)              # (.., rows)
+
+
+class Linear(nn.Linear):
+    """A linear map with room for LoRA."""
+    def __init__(self, columns, rows):
+        super().__init__(columns, rows)
+        self.lora = None
+
+    def forward(self, x):
+        y = super().forward(x)                                                 # (.., rows)
+        return y + self.lora(x) if self.lora else y
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
     def __init__(self, width, causal):
@@ -119,12 +142,14 @@ class Attention(nn.Module):
         self.heads, self.causal = max(1, width // 64), causal
         self.in_proj_weight = noise(3 * width, width, std=width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
+        self.lora = None                                                       # beside in_proj
 
     def forward(self, x, dense=None):
         """x (B, L, D) -> (B, L, D). dense: None, "vv" or "qqkk" (see `encode_patches`)."""
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
+        qkv = qkv + self.lora(x) if self.lora else qkv
         qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                          # (B, heads, L, d)
         pairs = {None: [(q, k)], "vv": [(v, v)], "qqkk": [(q, q), (k, k)]}[dense]
@@ -139,8 +164,8 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width),
-                                      c_proj=nn.Linear(4 * width, width)))
+        self.mlp = nn.ModuleDict(dict(c_fc=Linear(width, 4 * width),
+                                      c_proj=Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -279,37 +304,27 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
-class LoRA(nn.Module):
-    """A weight plus a trainable change of low rank, W + alpha / rank * B A (Hu et al. 2021)."""
-    def __init__(self, weight, rank, alpha):
-        super().__init__()
-        self.scale = alpha / rank
-        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=rank ** -0.5))
-        self.B = nn.Parameter(weight.new_zeros(len(weight), rank))             # no change at first
-
-    def forward(self, weight):
-        return weight + self.scale * (self.B @ self.A)                         # (rows, columns)
-
-
 def add_lora(model, rank, alpha, targets=("in_proj", "out_proj")):
-    """Freeze a tower (or both) and give its linear maps LoRA; returns the new parameters, a list.
+    """Freeze a module and give the linear maps in it LoRA; returns the new parameters, a list.
     targets: of "in_proj" (ours: one A for queries, keys, values), "out_proj", "c_fc", "c_proj"."""
     added = []
     for path, module in list(model.requires_grad_(False).named_modules()):
         joint = isinstance(module, Attention)
         if ("in_proj" if joint else path.rpartition(".")[2]) in targets:
-            name = "in_proj_weight" if joint else "weight"
-            lora = LoRA(getattr(module, name).detach(), rank, alpha)
-            parametrize.register_parametrization(module, name, lora, unsafe=True)
-            added += lora.parameters()
+            weight = module.in_proj_weight if joint else module.weight
+            module.lora = LoRA(weight.detach(), rank, alpha)
+            added += module.lora.parameters()
     return added
 
 
+@torch.no_grad()
 def merge_lora(model):
-    """Write the changes into the weights: the same outputs and keys as a model without LoRA."""
-    for module in list(model.modules()):
-        for name in list(getattr(module, "parametrizations", ())):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    """Add the changes to the weights: the same outputs and keys as a model without LoRA."""
+    for module in model.modules():
+        if lora := getattr(module, "lora", None):
+            weight = module.in_proj_weight if isinstance(module, Attention) else module.weight
+            weight += lora.scale * lora.B @ lora.A                             # (rows, columns)
+            module.lora = None
 
 
 # ------------------------------------------------------------------------------ files of weights

@@ -151,18 +151,24 @@ class ECPL(nn.Module):
     edge_source: "image" or "features", where the soft edges come from.
     prompts: "edges" the paper's; "patches" attention to plain patch features (the control of the
     ablation); "plain" learned context alone; "none" two learned class vectors, no text at all.
-    dense: see clip.encode_patches. rho: see pool_score.
+    dense: see clip.encode_patches. rho: see pool_score. zoom: the tower sees pictures enlarged so
+    many times (ours: what betrays a manipulation is finer than a patch of CLIP's).
     """
 
-    SETTINGS = ("levels", "context", "class_words", "edge_source", "prompts", "dense", "rho")
+    SETTINGS = ("levels", "context", "class_words", "edge_source", "prompts", "dense", "rho",
+                "zoom")
 
     def __init__(self, clip_model, *, levels, context, class_words, edge_source, prompts, dense,
-                 rho):
+                 rho, zoom):
         super().__init__()
         assert edge_source in ("image", "features"), edge_source
         assert prompts in ("edges", "patches", "plain", "none"), prompts
         self.levels, self.edge_source, self.prompts = tuple(levels), edge_source, prompts
-        self.dense, self.rho = dense, rho
+        self.dense, self.rho, self.zoom = dense, rho, zoom
+        self.cell = clip_model.visual.patch_size // zoom     # a patch in pixels of the picture
+        if zoom < 1 or self.cell * zoom != clip_model.visual.patch_size:
+            raise ValueError(f"found zoom {zoom}, expected a divisor of the patch size, "
+                             f"{clip_model.visual.patch_size}")
         Dv, D = clip_model.visual.proj.shape
         if prompts == "none":
             vectors = torch.randn(1, len(CLASSES), D) * D ** -0.5              # (1, C, D)
@@ -203,9 +209,11 @@ class ECPL(nn.Module):
         return scale * (features * difference[:, None]).sum(dim=-1) + self.bias  # (B, N)
 
     def forward(self, clip_model, image):
-        """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> Output."""
-        h, w = clip_model.visual.grid(image)
+        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
         pixels = clip.normalize(image)                                         # (B, 3, H, W)
+        if self.zoom > 1:
+            pixels = F.interpolate(pixels, scale_factor=self.zoom, mode="bilinear")  # enlarged
+        h, w = clip_model.visual.grid(pixels)
         # levels [(B, N, Dv)], features (B, N, D)
         levels, features = clip_model.encode_patches(pixels, self.levels, self.dense)
         edges = self.soft_edges(image, levels, h, w)                           # (B, N)
@@ -256,7 +264,7 @@ def demo():
                       vision_patch_size=16, context_length=77, vocab_size=514, transformer_width=64,
                       transformer_layers=2).eval()
     ecpl = ECPL(model, levels=(1, 2, 3), context=4, class_words=CLASSES, edge_source="image",
-                prompts="edges", dense=None, rho=0.1)
+                prompts="edges", dense=None, rho=0.1, zoom=1)
     edge = soft_edges(image)
     print(f"image            {tuple(image.shape)}   "
           "a smooth ramp with a noisy square pasted at 40..88")

@@ -22,11 +22,12 @@ def select(edges, probability, *, share, top):
                manipulated edge patches; in a genuine one, they are its hardest genuine ones
         clean  the K that look least manipulated: in a manipulated picture they stand for genuine
                edge patches of the very same scene, at a lower weight; else they go unused
-    K is `top`, or all edge patches if fewer. Below 2K edge patches, some are in both.
+    K is `top`, or half of the edge patches if that is fewer, so that no patch is in both (but for
+    one edge patch alone, and for equal probabilities).
     """
     B, N = edges.shape
     count = max(1, round(share * N))  # at least: equally strong ones stay too
-    K = min(top, count)
+    K = max(1, min(top, count // 2))
     weak = edges < edges.topk(count, dim=1).values[:, -1:]                     # (B, N)
     own = probability.masked_fill(weak, -1).topk(K, dim=1).indices             # (B, K)
     clean = (-probability).masked_fill(weak, -2).topk(K, dim=1).indices        # (B, K)

@@ -33,8 +33,7 @@ BAD = (OSError, ValueError, MemoryError)         # what a picture, not the progr
 
 def is_backbone(key):
     """Whether a key of SAPL's state dict is a weight of CLIP itself, not of ECPL or LoRA."""
-    return key.startswith("clip.") and (".parametrizations." not in key
-                                        or key.endswith(".original"))
+    return key.startswith("clip.") and ".lora." not in key
 
 
 def save_checkpoint(path, model, **state):
@@ -45,8 +44,7 @@ def save_checkpoint(path, model, **state):
     """
     tensors = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     own = {key: tensors.pop(key) for key in list(tensors) if is_backbone(key)}
-    for part in ("clip.", "parametrizations.", ".original"):         # what is left: OpenAI's names
-        own = {key.replace(part, "", 1): value for key, value in own.items()}
+    own = {key.removeprefix("clip."): value for key, value in own.items()}      # OpenAI's names
     if model.config["tune"] != "full" and getattr(model.clip, "name", "") in clip.OFFICIAL:
         own = {"name": model.clip.name, "sha256": model.clip.sha256}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +145,9 @@ class SAPL(nn.Module):
         clip_model.visual.requires_grad_(config["tune"] == "full")
         self.ecpl = ecpl.ECPL(clip_model, **{key: config[key] for key in ECPL_KEYS})
         if config["tune"] == "lora":
-            clip.add_lora(clip_model.visual, config["lora_rank"], config["lora_alpha"])
+            blocks = clip_model.visual.transformer.resblocks
+            some = blocks[-config.get("lora_blocks", 0):]                        # 0: all of them
+            clip.add_lora(some, config["lora_rank"], config["lora_alpha"])
 
     def forward(self, image):
         """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> ecpl.Output."""

@@ -7,7 +7,7 @@ import clip
 import ecpl
 
 SETTINGS = dict(levels=(1, 2), context=4, class_words=ecpl.CLASSES, edge_source="image",
-                prompts="edges", dense=None, rho=0.1)
+                prompts="edges", dense=None, rho=0.1, zoom=1)
 
 
 def picture(B=2, side=64):
@@ -78,6 +78,21 @@ def test_starts_as_the_plain_learned_prompt(mini):
     plain.learner.context.data.copy_(model.learner.context)
     image = picture()
     assert torch.allclose(model(mini, image).logits, plain(mini, image).logits, atol=1e-5)
+
+
+def test_zoom_shows_the_tower_an_enlarged_picture(mini):
+    plain = SETTINGS | {"prompts": "plain"}
+    torch.manual_seed(3)
+    model = ecpl.ECPL(mini, **plain).eval()
+    torch.manual_seed(3)
+    zoomed = ecpl.ECPL(mini, **plain | {"zoom": 2}).eval()
+    image = picture()
+    out = zoomed(mini, image)
+    assert zoomed.cell == 8 and out.logits.shape == (2, 8, 8) and out.edges.shape == (2, 64)
+    large = F.interpolate(image, scale_factor=2, mode="bilinear")
+    assert torch.allclose(out.logits, model(mini, large).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="zoom 3"):
+        ecpl.ECPL(mini, **plain | {"zoom": 3})
 
 
 def test_text_features_equal_the_tower_on_the_full_77_tokens(mini):
