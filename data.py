@@ -492,13 +492,15 @@ class SynthesisSet(TrainingSet):
 
 def accuracy_from(values, labels):
     """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance. Source: ours.
-    Each is guessed from those of the same value in the other half of the pictures."""
-    half = np.random.default_rng(0).permutation(len(labels)) % 2
-    total, right = Counter(zip(half, labels)), {0: [], 1: []}
-    seen = Counter(zip(half, labels, values))
-    for other, value, label in zip(1 - half, values, labels):
-        own, wrong = (seen[other, c, value] / max(1, total[other, c]) for c in (label, 1 - label))
-        right[label].append(0.5 + 0.5 * np.sign(own - wrong))                # a draw: half right
+    Each is guessed from those of the same value in another half of the pictures, ten times."""
+    right = {0: [], 1: []}
+    for seed in range(10):
+        half = np.random.default_rng(seed).permutation(len(labels)) % 2
+        total, seen = Counter(zip(half, labels)), Counter(zip(half, labels, values))
+        for other, value, label in zip(1 - half, values, labels):
+            own, wrong = (seen[other, c, value] / max(1, total[other, c])
+                          for c in (label, 1 - label))
+            right[label].append(0.5 + 0.5 * np.sign(own - wrong))            # a draw: half right
     return np.mean([np.mean(right[0]), np.mean(right[1])])
 
 

@@ -1,138 +1,157 @@
-"""What each part of SAPL brings: one short training with parts switched on and off. Run by hand.
+"""What each part of SAPL brings: short trainings with parts switched on and off. Run by hand.
 
-    python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --sets NAME=FOLDER .. [--seeds 3]
+    python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --composites SET [--seeds 3]
 
-Every eighth photo is held out: synthetic manipulations of these are the set "synthetic". Each run
-is one `train.py` with image labels only; masks measure, they never train. The numbers of finished
-runs are kept in --out and not made again, so an interrupted ablation goes on. Prints a Markdown
-table, mean +- std over seeds.
+Each run trains one variant on synthetic manipulations of the photos (every eighth photo is held out
+and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train
+and is measured on SET/val. Image labels only; masks measure, they never train. Every variant has the
+same data, steps and seeds. Finished runs are kept in --out/runs.csv and not made again, so an
+interrupted ablation goes on, and several may run side by side. Prints a Markdown table.
 """
 import argparse
+import contextlib
 import csv
+import io
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch                                                    # noqa: E402 (path first)
-from PIL import Image                                           # noqa: E402
 
+import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
 import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 
-METRICS = ("pixel_auc", "pixel_f1", "pixel_f1_best_global", "image_auc")
-VARIANTS = {
+FIELDS = ("variant", "seed", "set", "n", "pixel_auc", "pixel_f1_best_global", "image_auc", "seconds")
+CORE = {     # these also go on to the composites
     "multiple instances, no text": {"prompts": "none", "hecl": 0.0},
     "plain learned prompt": {"prompts": "plain", "hecl": 0.0},
     "+ attention to patches (control)": {"prompts": "patches", "hecl": 0.0},
-    "+ ECPL": {"prompts": "edges", "hecl": 0.0},
+    "+ ECPL": {"hecl": 0.0},
     "+ HECL": {"prompts": "plain"},
     "+ ECPL + HECL (SAPL)": {},
-    "SAPL, one level": {"levels": (12,)},
+}
+VARIANTS = CORE | {
+    "SAPL, one level": {"levels": (6,)},
+    "SAPL, vv attention": {"dense": "vv"},
     "SAPL, qq + kk attention": {"dense": "qqkk"},
     "SAPL, edges from features": {"edge_source": "features"},
     "SAPL, batch only, no queue": {"hecl_queue": 0},
     "SAPL, mosaics 2 x 2": {"mosaic": 2},
+    "SAPL, no zoom": {"zoom": 1},
+    "SAPL, LoRA in the last half": {"lora_blocks": 3},
+    "SAPL, whole tower trained": {"tune": "full", "lr_clip": 2e-4},
 }
 
 
-def prepare(photos, out, count, seed=1):
-    """Split the photos -> (folder to train on, folder of the held-out set).
-
-    The set has `count` pictures, every second one manipulated. Folders already there are kept.
-    """
-    files = sorted(Path(photos).iterdir())
-    kept, held = out / "photos", out / "synthetic"
+def prepare(args):
+    """What all runs share: -> (CLIP file of the first blocks, photos to train on, synthetic set)."""
+    backbone, kept, held = (args.out / name for name in ("clip.pt", "photos", "synthetic"))
     if not held.is_dir():
+        files = sorted(Path(args.photos).iterdir())
         kept.mkdir(parents=True)
         for i, path in enumerate(files):
             if i % 8:
                 shutil.copy(path, kept / path.name)
-        source = data.SynthesisSet([p for i, p in enumerate(files) if i % 8 == 0],
-                                   size=256, count=count, seed=seed)
-        for name in ("au", "tp", "mask"):
-            (held / name).mkdir(parents=True)
-        for i in range(count):
-            image, mask, _ = source.make(i // 2, i % 2)
-            Image.fromarray(image).save(held / ("tp" if i % 2 else "au") / f"{i:04d}.png")
-            if i % 2:
-                Image.fromarray(mask * 255).save(held / "mask" / f"{i:04d}.png")
-    return kept, held
+        model = clip.load(args.clip)
+        del model.visual.transformer.resblocks[args.blocks:]
+        torch.save(model.state_dict(), backbone)
+        pairs = data.SynthesisSet(files[::8], size=192, count=200, seed=1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            data.write_synthesis(pairs, held)
+    return backbone, kept, held
 
 
-def run(name, changes, seed, args, kept, sets):
+def measure(name, seed, set_name, checkpoint, pictures, began):
+    """Rows of the table: of a trained model, and once of the baselines."""
+    model = infer.SAPL.load(checkpoint, "cpu")
+    summary, _ = infer.evaluate(model, pictures, raw=True)
+    found = {name: summary}
+    if name == next(iter(VARIANTS)) and seed == 0:
+        found |= {f"({key})": values for key, values in summary["baselines"].items()}
+    return [{key: values.get(key, "") for key in FIELDS}
+            | {"variant": label, "seed": seed, "set": set_name, "n": summary["n"],
+               "seconds": round(time.time() - began)} for label, values in found.items()]
+
+
+def run(name, seed, args):
     """Train one variant with one seed, measure it -> rows for the table."""
-    out = args.out / f"{name}-{seed}".replace(" ", "_").replace("/", "_")
+    began, (backbone, kept, held) = time.time(), prepare(args)
+    out = args.out / f"{name}-{seed}".replace(" ", "_")
     shutil.rmtree(out, ignore_errors=True)
-    config = train.Config(synthesize=str(kept), out=str(out), clip=args.clip, seed=seed, size=64,
-                          count=args.count, epochs=1, batch=32, lr=2e-3, val=0.03, workers=0,
-                          **changes)
-    best = train.train(config)
-    model = infer.SAPL.load(best, "cpu")
-    rows = []
-    for set_name, folder in sets.items():
-        summary, _ = infer.evaluate(model, data.read_set(folder)[0][:: args.every], raw=True)
-        baselines = {f"({k})": v for k, v in summary["baselines"].items()}
-        first = name == next(iter(VARIANTS)) and seed == 0
-        for label, values in {name: summary, **(baselines if first else {})}.items():
-            rows.append({"variant": label, "seed": seed, "set": set_name, "n": summary["n"]}
-                        | {metric: values.get(metric, "") for metric in METRICS})
+    common = {"seed": seed, "epochs": 1, "workers": 0, "precision": args.precision,
+              "max_side": 256} | VARIANTS[name]
+    first = train.train(train.Config(**{
+        "synthesize": str(kept), "out": str(out / "a"), "clip": str(backbone), "size": 64,
+        "count": args.count, "batch": 32, "lr": 1e-3, "val": 0.03, "zoom": 2} | common))
+    rows = measure(name, seed, "synthetic", first, data.read_set(held)[0], began)
+    if name in CORE and args.composites:
+        folder, began = Path(args.composites), time.time()
+        second = train.train(train.Config(**{
+            "data": str(folder / "train"), "out": str(out / "b"), "init": str(first), "size": 128,
+            "batch": 16, "lr": 5e-4, "val": 0.1} | common))
+        rows += measure(name, seed, "composites", second, data.read_set(folder / "val")[0][::2], began)
     shutil.rmtree(out)
     return rows
 
 
 def table(rows):
-    """Print the rows of the CSV as a Markdown table: METRICS for each set, mean +- std."""
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    print("| variant | " + " | ".join(f"{s}: {m}" for s in sets for m in METRICS) + " |")
-    print("|---" * (1 + len(sets) * len(METRICS)) + "|")
-    for name in dict.fromkeys(row["variant"] for row in rows):
+    """Print the rows of the CSV as a Markdown table, mean +- standard deviation over seeds."""
+    columns = [(s, m) for s in dict.fromkeys(row["set"] for row in rows) for m in FIELDS[4:7]]
+    print("| variant | seeds | " + " | ".join(f"{s}: {m}" for s, m in columns) + " |")
+    print("|---" * (2 + len(columns)) + "|")
+    names = dict.fromkeys(row["variant"] for row in rows)
+    for name in sorted(names, key=[*VARIANTS, *names].index):
         cells = []
-        for s in sets:
-            for metric in METRICS:
-                values = [float(row[metric]) for row in rows
-                          if (row["variant"], row["set"]) == (name, s) and row[metric]]
-                cells.append(f"{statistics.mean(values):.3f}" if values else "-")
-                if len(values) > 1 and not name.startswith("("):
-                    cells[-1] += f" +- {statistics.stdev(values):.3f}"
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        for s, metric in columns:
+            values = [float(row[metric]) for row in rows
+                      if (row["variant"], row["set"]) == (name, s) and row[metric]]
+            cells.append(f"{statistics.mean(values):.3f}" if values else "-")
+            if len(values) > 1:
+                cells[-1] += f" ± {statistics.stdev(values):.3f}"
+        seeds = len({row["seed"] for row in rows if row["variant"] == name})
+        print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clip", required=True,
-                        help="pretrained CLIP, a name or file of clip.load")
+    parser.add_argument("--clip", required=True, help="pretrained CLIP, a name or file of clip.load")
     parser.add_argument("--photos", required=True, help="folder of genuine photos")
-    parser.add_argument("--sets", nargs="*", default=[],
-                        help="NAME=FOLDER of more test sets with masks")
-    parser.add_argument("--every", type=int, default=1,
-                        help="measure on every n-th picture of a set")
+    parser.add_argument("--composites", help="folder with train/ and val/, labelled, val with masks")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--count", type=int, default=4096, help="training pictures of a run")
-    parser.add_argument("--only", nargs="*", help="variants; default all")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--blocks", type=int, default=6, help="of the image tower, from the first")
+    parser.add_argument("--count", type=int, default=4096, help="synthetic pictures of a run")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants; default all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", default="fp32", help="of the training, fp32 or bf16")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kept, held = prepare(args.photos, args.out, 200)
-    sets = {"synthetic": held} | dict(pair.split("=", 1) for pair in args.sets)
-    done = args.out / "runs.csv"
-    rows = list(csv.DictReader(done.open())) if done.exists() else []
-    for seed in range(args.seeds):
-        for name in args.only or VARIANTS:
-            if any((row["variant"], row["seed"]) == (name, str(seed)) for row in rows):
+    prepare(args)
+    done, rows = args.out / "runs.csv", []
+    for seed in args.seeds:
+        for name in args.only:
+            claim = args.out / f"{name}-{seed}.claimed".replace(" ", "_")
+            if claim.exists():
                 continue
-            rows += run(name, VARIANTS[name], seed, args, kept, sets)
-            with done.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
-            rows = list(csv.DictReader(done.open()))
-    table(rows)
+            claim.touch()
+            try:
+                new = run(name, seed, args)
+            except BaseException:
+                claim.unlink()
+                raise
+            with done.open("a", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS)
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(new)
+    table(list(csv.DictReader(done.open())))
 
 
 if __name__ == "__main__":

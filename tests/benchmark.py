@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -173,7 +174,7 @@ def bench_train(device="auto"):
     """Training: pictures/s, where a step's time goes, memory; beside a plain loop.
 
     LoRA and HECL as in the defaults, random weights, 224 pixels. The plain loop: prompts padded to
-    77 tokens, nn.MultiheadAttention with its attention weights. Times are the best of 4; the data
+    77 tokens, nn.MultiheadAttention with its attention weights, LoRA added to its weights. Times are the best of 4; the data
     come from one worker.
     """
     import train
@@ -192,13 +193,18 @@ def bench_train(device="auto"):
                               class_words=("ge", "ma"))
         settings = vars(config) | {"dense": None}
 
-        def objective(plain=False, hecl=0.1):
+        def objective(plain=False, hecl=0.1, lora_blocks=0):
             torch.manual_seed(0)
             tower = clip.CLIP(**size, image_resolution=224, vision_patch_size=16,
                               context_length=77, vocab_size=514)
             if plain:
                 make_plain(tower)
-            model = infer.SAPL(tower, settings)
+            model = infer.SAPL(tower, settings | {"lora_blocks": lora_blocks,
+                                                  "tune": "none" if plain else "lora"})
+            if plain:
+                for block in tower.visual.transformer.resblocks:
+                    for module, weight in ((block.attn, "in_proj_weight"), (block.attn.out_proj, "weight")):
+                        parametrize.register_parametrization(module, weight, AddedLoRA(getattr(module, weight)))
             loss = train.HECL([size["vision_width"]] * 3, dim=64, queue=1024, tau=0.1, share=0.4,
                               top=4, clean=0.5)
             used = dataclasses.replace(config, hecl=hecl)
@@ -229,14 +235,16 @@ def bench_train(device="auto"):
         photo = np.random.default_rng(0).integers(0, 256, (320, 480, 3), dtype=np.uint8)
         pictures = data.TrainingSet([(photo, 0)] * batch, size=224, seed=0)
         loading = best_time(lambda: [pictures[i] for i in range(batch)], torch.device("cpu"))
-        plain = best_time(step(objective(plain=True), loss), device)
-        total, unfair = whole + update, plain + update
         rest = [("towers", towers), ("ECPL", without - towers), ("HECL", whole - without),
                 ("optimizer", update)]
         memory = torch.cuda.max_memory_allocated() / 1e9 if big else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        half = best_time(step(objective(lora_blocks=depth // 2), loss), device)
+        plain = best_time(step(objective(plain=True), loss), device)
+        total, half, plain = whole + update, half + update, plain + update
         print(f"{name:9} batch {batch}: {batch / total:7.1f} pictures/s, plain loop "
-              f"{batch / unfair:7.1f} ({unfair / total:.2f}x); step {1000 * total:.0f} ms = "
+              f"{batch / plain:.1f} ({plain / total:.2f}x), LoRA in the last half {batch / half:.1f} "
+              f"({plain / half:.2f}x); step {1000 * total:.0f} ms = "
               + ", ".join(f"{key} {100 * value / total:.0f} %" for key, value in rest)
               + f"; data {1000 * loading:.0f} ms; peak memory {memory:.1f} GB")
         if big:
@@ -262,6 +270,15 @@ def best_time(call, device, repeats=4):
             torch.cuda.synchronize()
         times.append(clock() - began)
     return min(times[1:])
+
+
+class AddedLoRA(clip.LoRA):
+    """LoRA as a change of the weight, for layers that do not show their linear maps."""
+    def __init__(self, weight):
+        super().__init__(weight.detach(), rank=8, alpha=16.0)
+
+    def forward(self, weight):
+        return weight + self.scale * self.B @ self.A                                  # (rows, columns)
 
 
 class PlainAttention(torch.nn.MultiheadAttention):
