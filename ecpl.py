@@ -63,14 +63,18 @@ def feature_variation(features, h, w):
 
 # ---------------------------------------------------------------------- edges -> prompts -> text
 
+WORD = 0.02                              # standard deviation of CLIP's word embeddings
+
+
 class PromptLearner(nn.Module):
     """Context tokens of both classes, shifted by what attention reads from the edge features.
 
         G = e * sum over levels of W_l LayerNorm(dF_l)                edge-enhanced features
-        P = V + o(Attention(queries LayerNorm(V), keys and values G))
+        P = V + 0.02 * o(Attention(queries LayerNorm(V), keys and values G))
         prompt of class c = [start] P_c words_c [end]
 
-    V: the context tokens. e: soft edges, dF_l: variation of the features at level l (in the control
+    0.02: the spread of CLIP's word embeddings (ours: without it the first steps of o threw the
+    prompts far from all words). V: the context tokens. e: soft edges, dF_l: variation of the features at level l (in the control
     of the ablation: e = 1, the features themselves). o starts at zero, so training starts from
     P = V. Without `attend` it stays there: the plain learned prompt.
     """
@@ -86,7 +90,7 @@ class PromptLearner(nn.Module):
                              f"{length + context} tokens, the text tower takes "
                              f"{clip_model.context_length}: shorten them")
         self.register_buffer("tokens", tokens[:, :length], persistent=False)   # (C, words + 2)
-        self.context = nn.Parameter(0.02 * torch.randn(len(class_words), context, Dt))  # (C, M, Dt)
+        self.context = nn.Parameter(WORD * torch.randn(len(class_words), context, Dt))  # (C, M, Dt)
         self.attend = attend
         if attend:
             self.norms = nn.ModuleList(nn.LayerNorm(Dv) for _ in range(levels))
@@ -110,7 +114,7 @@ class PromptLearner(nn.Module):
                 G = weight[..., None] * G                                      # (B, N, Dt)
             V = self.context.flatten(0, 1).expand(len(G), -1, -1)              # (B, C * M, Dt)
             read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)  # (B, C * M, Dt)
-            prompts = (V + read).view(len(G), C, M, Dt)                        # (B, C, M, Dt)
+            prompts = (V + WORD * read).view(len(G), C, M, Dt)                 # (B, C, M, Dt)
         B = len(prompts)
         words = clip_model.token_embedding(self.tokens)                        # (C, words + 2, Dt)
         words = words.expand(B, -1, -1, -1)                                 # (B, C, words + 2, Dt)

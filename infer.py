@@ -133,7 +133,7 @@ class SAPL(nn.Module):
     """CLIP and the prompt learner ECPL (paper: "Semantic-Agnostic Prompt Learning in CLIP").
 
     config: plain dict with `clip`, the settings of ECPL, `tune` ("lora", "full", "none"),
-    `lora_rank`, `lora_alpha`, `max_side` (longest side of a whole-picture view) and `window` (see
+    `lora_rank`, `lora_alpha`, `lora_share`, `max_side` (longest side of a whole-picture view) and `window` (see
     `windows`), both in pixels.
     """
 
@@ -146,8 +146,8 @@ class SAPL(nn.Module):
         self.ecpl = ecpl.ECPL(clip_model, **{key: config[key] for key in ECPL_KEYS})
         if config["tune"] == "lora":
             blocks = clip_model.visual.transformer.resblocks
-            some = blocks[-config.get("lora_blocks", 0):]                        # 0: all of them
-            clip.add_lora(some, config["lora_rank"], config["lora_alpha"])
+            last = blocks[-max(1, round(config["lora_share"] * len(blocks))):]
+            clip.add_lora(last, config["lora_rank"], config["lora_alpha"])
 
     def forward(self, image):
         """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> ecpl.Output."""

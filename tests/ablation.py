@@ -45,7 +45,8 @@ VARIANTS = CORE | {
     "SAPL, batch only, no queue": {"hecl_queue": 0},
     "SAPL, mosaics 2 x 2": {"mosaic": 2},
     "SAPL, no zoom": {"zoom": 1},
-    "SAPL, LoRA in the last half": {"lora_blocks": 3},
+    "SAPL, LoRA in all blocks": {"lora_share": 1.0},
+    "SAPL, LoRA in the last third": {"lora_share": 0.34},
     "SAPL, whole tower trained": {"tune": "full", "lr_clip": 2e-4},
 }
 
@@ -89,7 +90,7 @@ def run(name, seed, args):
               "max_side": 256} | VARIANTS[name]
     first = train.train(train.Config(**{
         "synthesize": str(kept), "out": str(out / "a"), "clip": str(backbone), "size": 64,
-        "count": args.count, "batch": 32, "lr": 1e-3, "val": 0.03, "zoom": 2} | common))
+        "count": args.count, "batch": 24, "lr": 1e-3, "val": 0.03, "zoom": 2} | common))
     rows = measure(name, seed, "synthetic", first, data.read_set(held)[0], began)
     if name in CORE and args.composites:
         folder, began = Path(args.composites), time.time()
@@ -127,7 +128,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--blocks", type=int, default=6, help="of the image tower, from the first")
-    parser.add_argument("--count", type=int, default=4096, help="synthetic pictures of a run")
+    parser.add_argument("--count", type=int, default=6144, help="synthetic pictures of a run")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants; default all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", default="fp32", help="of the training, fp32 or bf16")

@@ -193,13 +193,13 @@ def bench_train(device="auto"):
                               class_words=("ge", "ma"))
         settings = vars(config) | {"dense": None}
 
-        def objective(plain=False, hecl=0.1, lora_blocks=0):
+        def objective(plain=False, hecl=0.1, lora_share=0.5):
             torch.manual_seed(0)
             tower = clip.CLIP(**size, image_resolution=224, vision_patch_size=16,
                               context_length=77, vocab_size=514)
             if plain:
                 make_plain(tower)
-            model = infer.SAPL(tower, settings | {"lora_blocks": lora_blocks,
+            model = infer.SAPL(tower, settings | {"lora_share": lora_share,
                                                   "tune": "none" if plain else "lora"})
             if plain:
                 for block in tower.visual.transformer.resblocks:
@@ -239,12 +239,12 @@ def bench_train(device="auto"):
                 ("optimizer", update)]
         memory = torch.cuda.max_memory_allocated() / 1e9 if big else \
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        half = best_time(step(objective(lora_blocks=depth // 2), loss), device)
+        every = best_time(step(objective(lora_share=1.0), loss), device)
         plain = best_time(step(objective(plain=True), loss), device)
-        total, half, plain = whole + update, half + update, plain + update
+        total, every, plain = whole + update, every + update, plain + update
         print(f"{name:9} batch {batch}: {batch / total:7.1f} pictures/s, plain loop "
-              f"{batch / plain:.1f} ({plain / total:.2f}x), LoRA in the last half {batch / half:.1f} "
-              f"({plain / half:.2f}x); step {1000 * total:.0f} ms = "
+              f"{batch / plain:.1f} ({plain / total:.2f}x), LoRA in all blocks {batch / every:.1f} "
+              f"({plain / every:.2f}x); step {1000 * total:.0f} ms = "
               + ", ".join(f"{key} {100 * value / total:.0f} %" for key, value in rest)
               + f"; data {1000 * loading:.0f} ms; peak memory {memory:.1f} GB")
         if big:

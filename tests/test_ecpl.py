@@ -56,7 +56,7 @@ def test_pooled_edges_point_at_the_outline():
 
 def test_flat_patches_say_nothing_to_the_prompts(mini):
     model = ecpl.ECPL(mini, **SETTINGS).eval()
-    torch.nn.init.normal_(model.learner.attention.out_proj.weight)
+    torch.nn.init.normal_(model.learner.attention.out_proj.weight, std=1 / ecpl.WORD)
     features, weight = [torch.randn(1, 16, 64) for _ in range(2)], torch.zeros(1, 16)
     quiet = model.learner(mini, features, weight)
     assert torch.allclose(model.learner(mini, [-3 * x for x in features], weight), quiet, atol=1e-5)
