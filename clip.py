@@ -145,14 +145,14 @@ class Attention(nn.Module):
         self.out_proj = Linear(width, width)
         self.lora = None                                                       # beside in_proj
 
-    def forward(self, x, dense=None):
-        """x (B, L, D) -> (B, L, D). dense: None, "vv" or "qqkk" (see `encode_patches`)."""
+    def forward(self, x, dense="plain"):
+        """x (B, L, D) -> (B, L, D). dense: "plain", "vv" or "qqkk" (see `encode_patches`)."""
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
         qkv = qkv + self.lora(x) if self.lora else qkv
         qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                          # (B, heads, L, d)
-        pairs = {None: [(q, k)], "vv": [(v, v)], "qqkk": [(q, q), (k, k)]}[dense]
+        pairs = {"plain": [(q, k)], "vv": [(v, v)], "qqkk": [(q, q), (k, k)]}[dense]
         x = [F.scaled_dot_product_attention(a, b, v, is_causal=self.causal) for a, b in pairs]
         x = x[0] if len(x) == 1 else (x[0] + x[1]) / 2                         # (B, heads, L, d)
         return self.out_proj(x.transpose(1, 2).reshape(B, L, D))               # (B, L, D)
@@ -268,9 +268,9 @@ class CLIP(nn.Module):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
         return self.visual(pixels)
 
-    def encode_patches(self, pixels, levels=(), dense=None):
+    def encode_patches(self, pixels, levels=(), dense="plain"):
         """Patch tokens [(B, N, Dv)] after the blocks `levels` (from 1), dense features (B, N, D).
-        dense: attention in the last block, for features that stay with their patch. None: OpenAI's;
+        dense: attention in the last block, for features that stay with their patch. "plain": OpenAI's;
         "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of query-query and
         key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's residual and
         perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch."""
@@ -278,7 +278,8 @@ class CLIP(nn.Module):
         found = [self.visual.embed(pixels)]                                    # (B, 1 + N, Dv)
         for block in blocks:
             found.append(block(found[-1]))                                     # (B, 1 + N, Dv)
-        found.append(last.attn(last.ln_1(found[-1]), dense) if dense else last(found[-1]))
+        x = found[-1]
+        found.append(last(x) if dense == "plain" else last.attn(last.ln_1(x), dense))
         if not all(1 <= level < len(found) for level in levels):
             raise ValueError(f"levels {levels}, expected numbers from 1 to {len(found) - 1}")
         features = self.visual.ln_post(found[-1][:, 1:]) @ self.visual.proj    # (B, N, D)

@@ -268,7 +268,7 @@ def demo():
                       vision_patch_size=16, context_length=77, vocab_size=514, transformer_width=64,
                       transformer_layers=2).eval()
     ecpl = ECPL(model, levels=(1, 2, 3), context=4, class_words=CLASSES, edge_source="image",
-                prompts="edges", dense=None, rho=0.1, zoom=1)
+                prompts="edges", dense="plain", rho=0.1, zoom=1)
     edge = soft_edges(image)
     print(f"image            {tuple(image.shape)}   "
           "a smooth ramp with a noisy square pasted at 40..88")
@@ -283,7 +283,7 @@ def demo():
     print(f"text features    {tuple(out.text.shape)}   "
           "one per class, of this picture's own prompts")
     print(f"map              {tuple(out.probability.shape)}   "
-          f"random weights: about 0.5 everywhere, {out.probability.mean():.2f}")
+          f"{out.probability.min():.2f} .. {out.probability.max():.2f}; random weights say nothing")
     print(f"score            {out.score_logit.sigmoid().item():.2f}   "
           "smooth top-k of the map's logits")
     ring = torch.zeros(1, 8, 8)

@@ -92,17 +92,20 @@ FREE = {"out", "clip_cache", "device", "workers", "save_every", "bad_limit", "re
 
 def parse(arguments=None):
     """Command line, or a list of words -> Config. Exits with status 2 on what it does not know."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[0])
     for field in dataclasses.fields(Config):
-        words = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
             words = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
-            words = {"nargs": "*", "type": int if field.name == "levels" else str}
+        else:
+            kind, choices = field.type, field.metadata["choices"]
+            words = {"nargs": "*"} if kind is tuple else {}
+            kind = {"levels": int, "class_words": str}.get(field.name, kind)
+            name = None if choices else {str: "TEXT", int: "N", float: "X"}[kind]
+            words |= {"type": kind, "choices": choices, "metavar": name}
+        shown = f" (default {field.default})" if field.default not in ("", (), False) else ""
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
-                            help=field.metadata["help"], **words)
+                            help=field.metadata["help"] + shown, **words)
     values = vars(parser.parse_args(arguments))
     return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
@@ -217,7 +220,7 @@ KEPT = (*infer.ECPL_KEYS, "max_side", "window")        # what --init takes from 
 
 def make_model(config):
     """A new SAPL, or that of --init; its CLIP is tuned already, so it gets a name of its own."""
-    settings = vars(config) | {"dense": None if config.dense == "plain" else config.dense}
+    settings = dict(vars(config))
     if config.init or config.clip == "tiny":
         old = infer.SAPL.load(config.init or None, device="cpu")   # its LoRA, if any, is merged
         settings["clip"] = old.clip.name = "tuned " + old.clip.name.removeprefix("tuned ")

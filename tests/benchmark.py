@@ -151,7 +151,7 @@ def bench_infer(checkpoint=None):
         tower = clip.CLIP(embed_dim=192, image_resolution=224, vision_layers=6, vision_width=192, context_length=77,
                           vision_patch_size=16, vocab_size=514, transformer_width=192, transformer_layers=3)
         model = infer.SAPL(tower, dict(levels=(2, 4, 6), context=8, class_words=("ge", "ma"), edge_source="image",
-                                       prompts="edges", dense=None, rho=0.1, zoom=1, tune="none", max_side=1024)).eval()
+                                       prompts="edges", dense="plain", rho=0.1, zoom=1, tune="none", max_side=1024)).eval()
     device = model.ecpl.bias.device
     print(f"\nInference on {device}, {torch.get_num_threads()} threads, views of at most {model.config['max_side']}")
     photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -191,7 +191,7 @@ def bench_train(device="auto"):
         # class words of 2 bytes: as many tokens as the usual words have in CLIP's own vocabulary
         config = train.Config(batch=batch, levels=(depth // 3, 2 * depth // 3, depth),
                               class_words=("ge", "ma"))
-        settings = vars(config) | {"dense": None}
+        settings = vars(config)
 
         def objective(plain=False, hecl=0.1, lora_share=0.5):
             torch.manual_seed(0)
@@ -284,7 +284,7 @@ class AddedLoRA(clip.LoRA):
 class PlainAttention(torch.nn.MultiheadAttention):
     """What most CLIP code uses: sequence first, attention weights computed and thrown away."""
 
-    def forward(self, x, dense=None):
+    def forward(self, x, dense="plain"):
         x = x.transpose(0, 1)                                                         # (L, B, D)
         L = len(x)
         mask = x.new_full((L, L), float("-inf")).triu(1) if self.causal else None          # (L, L)

@@ -89,7 +89,7 @@ def test_dense_attention_is_value_to_value_and_query_to_query(model):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (48, 160), (224, 96)])
-@pytest.mark.parametrize("dense", [None, "vv", "qqkk"])
+@pytest.mark.parametrize("dense", ["plain", "vv", "qqkk"])
 @torch.no_grad()
 def test_patches_of_any_size(model, size, dense):
     before = model.visual.positional_embedding.clone()

@@ -7,7 +7,7 @@ import clip
 import ecpl
 
 SETTINGS = dict(levels=(1, 2), context=4, class_words=ecpl.CLASSES, edge_source="image",
-                prompts="edges", dense=None, rho=0.1, zoom=1)
+                prompts="edges", dense="plain", rho=0.1, zoom=1)
 
 
 def picture(B=2, side=64):

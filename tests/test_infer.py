@@ -20,7 +20,7 @@ import infer
 torch.set_num_threads(1)                    # the models here are too small for more
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"clip": "mini", "levels": (1, 2), "context": 4, "class_words": ("genuine", "manipulated"),
-          "edge_source": "image", "prompts": "edges", "dense": None, "rho": 0.1, "zoom": 1, "tune": "full",
+          "edge_source": "image", "prompts": "edges", "dense": "plain", "rho": 0.1, "zoom": 1, "tune": "full",
           "lora_rank": 2, "lora_alpha": 4.0, "lora_share": 0.5, "size": 64, "max_side": 128}
 
 

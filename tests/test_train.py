@@ -407,7 +407,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and "(default: 0.1)" in text
+    assert stop.value.code == 0 and "(default 0.1)" in text
     assert "--hecl-tau" in text and "--no-resume" in text
 
 
