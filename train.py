@@ -436,7 +436,7 @@ def run_epoch(run, objective, train_set, val_set, names):
 
 
 def set_thresholds(model, genuine):
-    """Set both thresholds of a SAPL (ours): at most 5 % of the pixels of these genuine pictures lie
+    """Set both thresholds of a SAPL (ours): at most 10 % of the pixels of these genuine pictures lie
     above `threshold`, at most 10 % of the pictures score above `score_threshold`."""
     pixels, scores = [], []
     for picture in genuine:
@@ -445,7 +445,7 @@ def set_thresholds(model, genuine):
             scores.append(found.score)
             pixels.append(np.quantile(found.map, np.arange(1, 201) / 200, method="higher"))
     if scores:
-        model.threshold = float(np.quantile(pixels, 0.95, method="higher"))
+        model.threshold = float(np.quantile(pixels, 0.9, method="higher"))
         model.score_threshold = float(np.quantile(scores, 0.9, method="higher"))
 
 

@@ -114,10 +114,10 @@ def test_tune_none_and_full(place):
 
 
 def test_thresholds_are_calibrated_on_genuine_pictures(reference):
-    """At most 5 % of the pixels are flagged, at most 10 % of the pictures called manipulated."""
+    """At most 10 % of the pixels are flagged, at most 10 % of the pictures called manipulated."""
     model = infer.SAPL.load(Path(reference.out, "best.pt"), "cpu", merge=False)
     found = [model.localize(p.path) for p in train.make_sets(reference)[3] if not p.label]
-    assert 0.02 < np.mean([result.mask.mean() for result in found]) <= 0.05
+    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.1
     scores = [result.score for result in found]
     assert 0 <= np.mean([score > model.score_threshold for score in scores]) <= 0.1
     assert model.score_threshold in np.float64(scores)

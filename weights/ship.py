@@ -3,7 +3,7 @@
     python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
 
 The thresholds are set on genuine photos that trained nothing, as `train.py` sets them on its validation
-pictures: at most 5 % of their pixels and 10 % of the pictures are flagged. No mask, no test set.
+pictures: at most 10 % of their pixels and of the pictures are flagged. No mask, no test set.
 """
 import argparse
 import sys
