@@ -447,17 +447,16 @@ def print_table(name, summary):
 
 def plot_robustness(path, rows):
     """Bars of pixel_f1 (red) and image_auc (blue), means over the sets, for every attack."""
-    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    attacks = dict.fromkeys(row["attack"] for row in rows)
     image = Image.new("RGB", (560, 24 * len(attacks) + 32), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((80, 6), "pixel_f1 red, image_auc blue", fill="black")
-    for i, (attack, k) in enumerate(product(attacks, range(2))):
-        metric, ink = (("pixel_f1", "#c22"), ("image_auc", "#22c"))[k]
-        value = mean(row[metric] for row in rows if row["attack"] == attack) or 0
-        y = 28 + 12 * i - 2 * k
-        draw.rectangle((80, y, 80 + 400 * value, y + 8), fill=ink)
-        draw.text((484 + 0 * value, y - 1), f"{value:.3f}", fill=ink)
-        draw.text((8, y + 3), attack * (k == 0), fill="black")
+    draw.text((80, 6), "pixel_f1 red, image_auc blue, full length 1", fill="black")
+    for i, attack in enumerate(attacks):
+        draw.text((8, 24 * i + 32), attack, fill="black")
+        for y, metric, ink in (24 * i + 28, "pixel_f1", "#c22"), (24 * i + 38, "image_auc", "#22c"):
+            value = mean(row[metric] for row in rows if row["attack"] == attack) or 0
+            draw.rectangle((80, y, 80 + 400 * value, y + 8), fill=ink)
+            draw.text((490, y - 1), f"{value:.3f}", fill=ink)
     image.save(path)
 
 
@@ -537,21 +536,20 @@ def collect(arguments, out):
 
     Below a folder its structure is kept; a name that is taken gets a number.
     """
-    lines, found, names, out = [], [], {}, Path(out or os.devnull).resolve()
+    lines, names, out = [], {}, Path(out or os.devnull).resolve()
     for argument in arguments:
         lines += sys.stdin.read().splitlines() if argument == "-" else [argument]
     for line in lines:
         several = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
-        for path in map(Path, several or [line]):
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
+        for root in map(Path, several or [line]):
+            inside = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
                       and p.name[0] != "." and not p.is_dir() and out not in p.resolve().parents]
-            found += ([(p, p.relative_to(path)) for p in inside] if path.is_dir()
-                      else [(path, Path(path.name))])
-    if not any(os.path.lexists(path) for path, _ in found):
+            for path in inside if root.is_dir() else [root]:
+                name = path.relative_to(root if root.is_dir() else root.parent).with_suffix("")
+                taken = name.with_name(f"{name.name}~{len(names)}")
+                names[taken if name in names else name] = path
+    if not any(map(os.path.lexists, names.values())):
         raise ValueError(f"no pictures at {' '.join(arguments)}: name files, folders or a glob")
-    for i, (path, relative) in enumerate(found):
-        name = relative.with_suffix("")
-        names[name.with_name(f"{name.name}~{i}") if name in names else name] = path
     return names
 
 
