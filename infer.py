@@ -6,10 +6,21 @@
 
 Shapes: B images, h, w patch grid, H, W pixels. A map is in [0, 1], 1 = manipulated.
 """
-import argparse, base64, csv, glob, html, io, json, math, os, pickle, sys, time
+import argparse
+import base64
+import csv
+import glob
+import html
+import io
+import json
+import math
+import os
+import pickle
+import sys
+import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +99,14 @@ class Result(NamedTuple):
     score_threshold: float = 0.5
 
 
+def attempt(function, *arguments):
+    """function(*arguments), or the exception that a picture, not the program, has caused."""
+    try:
+        return function(*arguments)
+    except BAD as error:
+        return error
+
+
 def open_picture(source):
     """Path, PIL image or uint8 array (H, W, 3) -> PIL RGB image; data.BadPicture if unreadable."""
     if isinstance(source, (str, Path)):
@@ -106,20 +125,6 @@ def starts(length, size):
     return np.linspace(0, last, 1 + math.ceil(last / (0.75 * size))).astype(int).tolist()
 
 
-def blend(total, weight, answer):
-    """Mean of answer(top, left) (.., h, w) over windows that cover total (.., rows, columns) of 0.
-
-    weight (h, w): how much each cell of a window counts.
-    """
-    (h, w), weights = weight.shape, torch.zeros_like(total)
-    for top in starts(total.shape[-2], h):
-        for left in starts(total.shape[-1], w):
-            cells = (..., slice(top, top + h), slice(left, left + w))
-            total[cells] += weight * answer(top, left)                              # (.., h, w)
-            weights[cells] += weight
-    return total / weights
-
-
 def pick_device(name):
     """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError if it is not there."""
     found = (["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
@@ -133,7 +138,7 @@ class SAPL(nn.Module):
     """CLIP and the prompt learner ECPL (paper: "Semantic-Agnostic Prompt Learning in CLIP").
 
     config: plain dict with `clip`, the settings of ECPL, `tune` ("lora", "full", "none"),
-    `lora_rank`, `lora_alpha`, `lora_share`, `max_side` (longest side of a whole-picture view) and `window` (see
+    `lora_rank`, `lora_alpha`, `lora_share`, `max_side` (longest side of a view) and `window` (see
     `windows`), both in pixels.
     """
 
@@ -150,7 +155,7 @@ class SAPL(nn.Module):
             clip.add_lora(last, config["lora_rank"], config["lora_alpha"])
 
     def forward(self, image):
-        """image (B, 3, H, W) in [0, 1], sides multiples of the patch -> ecpl.Output."""
+        """image (B, 3, H, W) in [0, 1], sides multiples of `ecpl.cell` -> ecpl.Output."""
         return self.ecpl(self.clip, image)
 
     @classmethod
@@ -177,64 +182,65 @@ class SAPL(nn.Module):
             model.config["tune"] = "full"          # saved again, its CLIP is no longer the official
         return model.to(pick_device(device)).eval()
 
+    def windows(self, crop, shape):
+        """Patch logits of shape (B, h, w): the mean over overlapping windows of the pictures.
+
+        Ours: a tower that saw small pictures only does not know what to attend to in large ones. A
+        window is config["window"] pixels long; with 0, max_side, which holds a whole view.
+        crop: left, top, right, bottom of a window -> its pixels (B, 3, H, W) in [0, 1].
+        """
+        p, (B, h, w), device = self.ecpl.cell, shape, self.ecpl.bias.device
+        size = round((self.config.get("window") or self.config["max_side"]) / p)
+        rows, columns = min(size, h), min(size, w)                                  # of a window
+        total, times = torch.zeros(2, B, h, w, device=device)                       # (B, h, w) each
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            for top, left in product(starts(h, rows), starts(w, columns)):
+                bottom, right = top + rows, left + columns
+                image = crop(p * left, p * top, p * right, p * bottom).to(device)   # (B, 3, H, W)
+                total[:, top:bottom, left:right] += self(image).logits      # (B, rows, columns)
+                times[:, top:bottom, left:right] += 1
+        return total / times
+
     def answer(self, image):
         """image (B, 3, H, W) -> patch probabilities (B, h, w), scores (B,), fp32 on the CPU."""
-        device = self.ecpl.bias.device
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.windows(image.to(device)).float()                         # (B, h, w)
-            scores = ecpl.pool_score(logits.flatten(1), self.ecpl.rho)              # (B,)
+        p, (B, _, H, W) = self.ecpl.cell, image.shape
+        logits = self.windows(lambda left, top, right, bottom: image[..., top:bottom, left:right],
+                              (B, H // p, W // p))                                  # (B, h, w)
+        scores = ecpl.pool_score(logits.flatten(1), self.ecpl.rho)                  # (B,)
         return logits.sigmoid().cpu(), scores.sigmoid().cpu()
-
-    def windows(self, image):
-        """Patch logits (B, h, w): means over overlapping windows of config["window"] pixels.
-
-        Ours: a tower that saw small pictures only does not know what to attend to in large ones.
-        With 0, and for pictures that fit into one window: the whole at once.
-        """
-        p, size = self.clip.visual.patch_size, self.config.get("window", 0)
-        B, _, H, W = image.shape
-        if not size or max(H, W) <= size:
-            return self(image).logits                                               # (B, h, w)
-        h, w = min(size, H) // p, min(size, W) // p                                 # of a window
-        total, weight = image.new_zeros(B, H // p, W // p), image.new_ones(h, w)
-        return blend(total, weight, lambda top, left: self(                         # (B, h, w)
-            image[..., p * top:p * (top + h), p * left:p * (left + w)]).logits)
 
     def view(self, source):
         """The whole picture for the network: ((H, W) of the picture, (3, H', W') in [0, 1])."""
-        picture, p = open_picture(source), self.clip.visual.patch_size
+        picture, p = open_picture(source), self.ecpl.cell
         scale = min(1, self.config["max_side"] / max(picture.size)) / p
         size = [max(1, round(side * scale)) * p for side in picture.size]
         small = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
         return picture.size[::-1], data.to_tensor(small)                            # (3, H', W')
 
     def tiles(self, picture, grid):
-        """Mean of a view's grid (h, w) and of overlapping tiles of the picture: (rows, columns).
+        """Mean of a view's grid and the picture's own, at its full size: larger (h, w) in [0, 1].
 
-        Tiles are as large as a view, of the picture as it is, one in memory at a time; what their
-        patches do not cover, less than half a patch on every side, is left out. The grid itself
-        for pictures no longer than max_side.
+        Only one window at a time becomes a tensor. Left out is what patches do not cover, at most
+        half of one on every side. A picture no longer than max_side keeps the grid of its view.
         """
-        p, (W, H) = self.clip.visual.patch_size, picture.size
+        p, (W, H) = self.ecpl.cell, picture.size
         if max(W, H) <= self.config["max_side"]:
             return grid
-        most, rows, columns = self.config["max_side"] // p, max(1, H // p), max(1, W // p)
-        h, w = min(most, rows), min(most, columns)                                  # of a tile
-        fade_y, fade_x = (torch.sin(math.pi * (torch.arange(n) + 0.5) / n) for n in (h, w))
+        h, w = max(1, H // p), max(1, W // p)
+        x, y = (W - w * p) // 2, (H - h * p) // 2
 
-        def answer(top, left):
-            x, y = (W - columns * p) // 2 + left * p, (H - rows * p) // 2 + top * p
-            image = data.to_tensor(picture.crop((x, y, x + w * p, y + h * p)))      # (3, H', W')
-            return self.answer(image[None])[0][0]                                   # (h, w)
+        def crop(left, top, right, bottom):
+            box = x + left, y + top, x + right, y + bottom
+            return data.to_tensor(picture.crop(box))[None]                          # (1, 3, H, W)
 
-        fade = fade_y[:, None] * fade_x                                             # (h, w)
-        fine = blend(torch.zeros(rows, columns), fade, answer)                     # (rows, columns)
-        return (fine + resize_map(grid, fine.shape)) / 2               # ours: both count alike
+        fine = self.windows(crop, (1, h, w)).sigmoid().cpu()[0]                     # (h, w)
+        return (fine + resize_map(grid, (h, w))) / 2                   # ours: both count alike
 
     def predict(self, images, pictures=None):
         """Views of one size -> [(grid (h, w) in [0, 1], score)]. pictures: PIL, to be tiled."""
         grids, scores = self.answer(torch.stack(images))                          # (B, h, w), (B,)
-        grids = [self.tiles(*each) for each in zip(pictures, grids)] if pictures else grids
+        if pictures:
+            grids = [self.tiles(*each) for each in zip(pictures, grids)]            # [(h, w)]
         return zip(grids, scores.tolist())
 
     def result(self, size, grid, score, raw):
@@ -242,7 +248,7 @@ class SAPL(nn.Module):
         if not torch.isfinite(grid).all() or not math.isfinite(score):
             raise ValueError("the network's answer is not a number: check the checkpoint")
         if not raw:        # closed, filled and, ours, smoothed over squares of about 40 pixels
-            radius = max(1, 16 // self.clip.visual.patch_size)
+            radius = max(1, 16 // self.ecpl.cell)
             grid = ecpl.regions(grid[None], radius=radius)[0]                       # (h, w)
         map = resize_map(grid, size).numpy()                                        # (H, W)
         mask, decision = map > self.threshold, ecpl.CLASSES[score > self.score_threshold]
@@ -267,30 +273,32 @@ def stream(model, sources, opener, raw, tiles):
     Yields (source, Result or error, seconds) in the order of the sources. opener: source -> what
     `SAPL.view` takes. At most 8 * BATCH views lie in memory.
     """
+    def decode(source):
+        return source, attempt(lambda: model.view(opener(source)))
+
     def ahead():
-        return [(source, pool.submit(lambda source=source: model.view(opener(source))))
-                for source in islice(sources, 4 * BATCH)]
+        return pool.map(decode, list(islice(sources, 4 * BATCH)))
 
     sources = iter(sources)
     with ThreadPoolExecutor(2) as pool:
         following = ahead()
-        while chunk := following:
+        while chunk := list(following):
             following, groups, answers = ahead(), defaultdict(list), {}
             for i, (_, view) in enumerate(chunk):
-                if not isinstance(view.exception(), BAD):
-                    groups[view.result()[1].shape].append(i)
+                if not isinstance(view, Exception):
+                    groups[view[1].shape].append(i)
             for some in (g[k:k + BATCH] for g in groups.values() for k in range(0, len(g), BATCH)):
-                start, pictures = time.time(), tiles and [opener(chunk[i][0]) for i in some]
-                found = model.predict([chunk[i][1].result()[1] for i in some], pictures)
+                start = time.time()
+                pictures = tiles and (opener(chunk[i][0]) for i in some)    # one at a time
+                found = model.predict([chunk[i][1][1] for i in some], pictures)
                 seconds = (time.time() - start) / len(some)
                 answers.update((i, (*answer, seconds)) for i, answer in zip(some, found))
             for i, (source, view) in enumerate(chunk):
-                *answer, seconds = answers.get(i, [0.0])
-                try:
-                    result = model.result(view.result()[0], *answer, raw)
-                except BAD as error:
-                    result = error
-                yield source, result, seconds
+                if i in answers:
+                    grid, score, seconds = answers[i]
+                    yield source, attempt(model.result, view[0], grid, score, raw), seconds
+                else:
+                    yield source, view, 0.0
 
 
 # -------------------------------------------------------------------------------------- metrics
@@ -397,12 +405,10 @@ def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None
     for entry, result, _ in stream(model, labelled, opener, raw, tiles):
         row = {"path": str(entry.path), "label": entry.label}
         rows.append(row)
-        try:
-            if isinstance(result, Exception):
-                raise result
-            mask = data.read_mask(entry) if entry.label and entry.mask else None
-        except BAD as error:
-            row["error"] = str(error)
+        mask = attempt(data.read_mask, entry) if entry.label and entry.mask else None
+        errors = [str(each) for each in (result, mask) if isinstance(each, Exception)]
+        if errors:
+            row["error"] = errors[0]
             excluded["no answer"] += 1
             continue
         row["score"] = result.score
@@ -429,45 +435,38 @@ def evaluate(model, pictures, *, threshold=0.5, score_threshold=0.5, attack=None
 
 def print_table(name, summary):
     """One set's summary on the screen, the baselines beside."""
-    columns, keys = {"model": summary} | summary["baselines"], list(summary)
-    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in keys[:7]))
+    columns = {"model": summary} | summary["baselines"]
+    counts, metrics = list(summary)[:7], list(summary)[7:-1]
+    print(f"\n{name}:", ", ".join(f"{key} {summary[key]}" for key in counts))
     print(" " * 20 + "".join(f"{column:>10}" for column in columns))
-    for metric in keys[7:-1]:
-        cells = [each.get(metric, "") for each in columns.values()]
-        cells = ["null" if x is None else x if x == "" else f"{x:.3f}" for x in cells]
-        print(f"{metric:20}" + "".join(f"{x:>10}" for x in cells), "oracle" * ("best" in metric))
+    for metric in metrics:
+        cells = [column[metric] for column in columns.values() if metric in column]
+        cells = "".join(f"{'null' if x is None else format(x, '.3f'):>10}" for x in cells)
+        print(f"{metric:20}{cells}", "oracle" * ("best" in metric))
 
 
 def plot_robustness(path, rows):
-    """Draw pixel_f1 (red) and image_auc (blue), mean over the sets, for each attack and none."""
-    attacks = ["none", *ATTACKS]
-    image = Image.new("RGB", (60 + 50 * len(attacks), 280), "white")
+    """Bars of pixel_f1 (red) and image_auc (blue), means over the sets, for every attack."""
+    attacks = dict.fromkeys(row["attack"] for row in rows)
+    image = Image.new("RGB", (560, 24 * len(attacks) + 32), "white")
     draw = ImageDraw.Draw(image)
-    for tenth in range(0, 11, 2):
-        draw.line((36, 250 - 22 * tenth, image.width, 250 - 22 * tenth), fill="#ddd")
-        draw.text((8, 244 - 22 * tenth), f"{tenth / 10:.1f}", fill="black")
-    for k, (metric, ink) in enumerate((("pixel_f1", "#c22"), ("image_auc", "#22c"))):
-        draw.text((40 + 80 * k, 8), metric, fill=ink)
-        for i, attack in enumerate(attacks):
-            y = 250 - 220 * (mean(row[metric] for row in rows if row["attack"] == attack) or 0)
-            draw.rectangle((44 + 50 * i, y - 3, 84 + 50 * i, y + 3), fill=ink)
-            draw.text((44 + 50 * i, 260), attack, fill="black")
+    draw.text((80, 6), "pixel_f1 red, image_auc blue, full length 1", fill="black")
+    for i, attack in enumerate(attacks):
+        draw.text((8, 24 * i + 32), attack, fill="black")
+        for y, metric, ink in (24 * i + 28, "pixel_f1", "#c22"), (24 * i + 38, "image_auc", "#22c"):
+            value = mean(row[metric] for row in rows if row["attack"] == attack) or 0
+            draw.rectangle((80, y, 80 + 400 * value, y + 8), fill=ink)
+            draw.text((490, y - 1), f"{value:.3f}", fill=ink)
     image.save(path)
 
 
 # ------------------------------------------------------------------- pictures for people to look at
 
-# matplotlib's inferno at ten places: its lightness rises evenly, so brighter always means likelier
-INFERNO = ((0, 0, 4), (27, 12, 66), (75, 12, 107), (120, 28, 109), (165, 45, 96), (207, 68, 70),
-           (237, 105, 37), (251, 155, 6), (247, 209, 61), (252, 255, 164))
-
-
 def colour(grey):
-    """PIL L image -> RGB in the colours of INFERNO."""
-    levels = [np.interp(range(256), np.linspace(0, 255, 10), channel) for channel in zip(*INFERNO)]
-    grey = grey.copy()
-    grey.putpalette(np.stack(levels, axis=1).round().astype(np.uint8).tobytes())    # (256, 3)
-    return grey.convert("RGB")
+    """PIL L image -> RGB, black, red, orange, pale yellow: brighter always means likelier."""
+    bands = [grey.point([max(0, min(255, round(2.6 * v - 255 * k))) for v in range(256)])
+             for k in range(3)]
+    return Image.merge("RGB", bands)
 
 
 def overlay(picture, result, heat):
@@ -478,19 +477,17 @@ def overlay(picture, result, heat):
     blur = ImageFilter.BoxBlur(max(W, H) // 500 + 1)
     soft = Image.fromarray(result.mask).convert("L").filter(blur)
     canvas.paste((255, 255, 255), mask=soft.point([255 * (0 < v < 255) for v in range(256)]))
-    if W >= 160 and H >= 80:
+    s = min(W // 40, H // 10)                                 # height of the letters
+    if s >= 4:
         sign = "<>"[result.score > result.score_threshold]
         text = (f"{result.decision}   score {result.score:.2f} {sign} {result.score_threshold:.2f}"
                 f"   map > {result.threshold:.2f}")
-        s, bar, draw = max(14, min(W, H) // 20), W // 5, ImageDraw.Draw(canvas)
-        fitting = (W - bar - 2 * s) / ImageFont.load_default(100).getlength(text) * 100
-        font = ImageFont.load_default(min(0.7 * s, fitting))
-        draw.rectangle((0, H - s, W, H), fill="black")
-        scale = Image.linear_gradient("L").rotate(90).resize((bar, s // 2))
-        canvas.paste(colour(scale), (s // 2, H - s * 3 // 4))
-        x = s // 2 + round(result.threshold * bar)
-        draw.line((x, H - s, x, H), fill="white", width=s // 12 + 1)
-        draw.text((bar + s, H - s // 2), text, fill="white", font=font, anchor="lm")
+        draw = ImageDraw.Draw(canvas)
+        draw.rectangle((0, H - 2 * s, W, H), fill="black")
+        scale = Image.linear_gradient("L").rotate(90).resize((8 * s, s))
+        canvas.paste(colour(scale), (s, H - 3 * s // 2))
+        font = ImageFont.load_default(1.2 * s)
+        draw.text((10 * s, H - s), text, fill="white", font=font, anchor="lm")
     return canvas
 
 
@@ -509,6 +506,15 @@ oninput="document.body.style.setProperty('--o',this.value)"> overlay, sort by
 FIELDS = ("path", "score", "decision", "threshold", "area", "width", "height", "seconds", "error")
 
 
+def thumbnail(image):
+    """PIL RGB image -> an HTML tag that contains it, at most 480 pixels long."""
+    image.thumbnail((480, 480))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    code = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{code}">'
+
+
 def show(folder, name, path, result):
     """Write a picture's map, mask and overlay below the folder -> its HTML for the report."""
     picture, strips = open_picture(path), np.array_split(result.map, 64)            # spares memory
@@ -519,15 +525,8 @@ def show(folder, name, path, result):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     for kind, image in images.items():
         image.save(folder / f"{name}_{kind}.png", compress_level=1)
-    thumbnails = ""
-    for image in (picture, images["overlay"]):
-        buffer = io.BytesIO()
-        image.thumbnail((480, 480))
-        image.save(buffer, "JPEG", quality=80)
-        code = base64.b64encode(buffer.getvalue()).decode()
-        thumbnails += f'<img alt="" src="data:image/jpeg;base64,{code}">'
-    return (f"<div>{thumbnails}</div><b>{result.decision}</b> {result.score:.3f}, "
-            f"area {result.area:.1%}<br>")
+    return (f"<div>{thumbnail(picture)}{thumbnail(images['overlay'])}</div>"
+            f"<b>{result.decision}</b> {result.score:.3f}, area {result.area:.1%}<br>")
 
 
 # --------------------------------------------------------------------------------- command line
@@ -537,20 +536,20 @@ def collect(arguments, out):
 
     Below a folder its structure is kept; a name that is taken gets a number.
     """
-    found, names, out = [], {}, Path(out or os.devnull).resolve()
-    lines = (sys.stdin.read().splitlines() if each == "-" else [each] for each in arguments)
-    for line in chain.from_iterable(lines):
+    lines, names, out = [], {}, Path(out or os.devnull).resolve()
+    for argument in arguments:
+        lines += sys.stdin.read().splitlines() if argument == "-" else [argument]
+    for line in lines:
         several = [] if os.path.lexists(line) else sorted(glob.glob(line, recursive=True))
-        for path in map(Path, several or [line]):
-            inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
+        for root in map(Path, several or [line]):
+            inside = [p for p in sorted(root.rglob("*")) if p.suffix.lower() in data.EXTENSIONS
                       and p.name[0] != "." and not p.is_dir() and out not in p.resolve().parents]
-            found += ([(p, p.relative_to(path)) for p in inside] if path.is_dir()
-                      else [(path, Path(path.name))])
-    if not any(os.path.lexists(path) for path, _ in found):
+            for path in inside if root.is_dir() else [root]:
+                name = path.relative_to(root if root.is_dir() else root.parent).with_suffix("")
+                taken = name.with_name(f"{name.name}~{len(names)}")
+                names[taken if name in names else name] = path
+    if not any(map(os.path.lexists, names.values())):
         raise ValueError(f"no pictures at {' '.join(arguments)}: name files, folders or a glob")
-    for i, (path, relative) in enumerate(found):
-        name = relative.with_suffix("")
-        names[name.with_name(f"{name.name}~{i}") if name in names else name] = path
     return names
 
 
@@ -579,12 +578,13 @@ def parse(arguments=None):
     return args
 
 
-def write_csv(path, rows):
-    """Dicts of plain values -> CSV file, the columns in order of appearance."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        names = dict.fromkeys(key for row in rows for key in row if key not in ("at", "baselines"))
-        writer = csv.DictWriter(file, list(names), extrasaction="ignore")
-        writer.writeheader()
+def write_csv(path, rows, mode="w"):
+    """Dicts of plain values -> CSV file, columns in order of appearance; mode "a" goes on in it."""
+    columns = dict.fromkeys(key for row in rows for key in row if key not in ("at", "baselines"))
+    with open(path, mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
+        if not file.tell():
+            writer.writeheader()
         writer.writerows(rows)
 
 
@@ -601,7 +601,7 @@ def run_evaluation(model, args):
             summary["excluded"] |= {"unreadable": bad} if bad else {}
             print_table(f"{name} {attack or ''}", summary)
             grid.append({"set": name, "attack": attack or "none"} | summary)
-            if attack == args.attack:
+            if name not in summaries:                                # the grid follows
                 summaries[name] = summary
                 images += [{"set": name} | row for row in rows]
     print("\ncomb_f1, mean over the sets:", mean(each["comb_f1"] for each in summaries.values()))
@@ -613,50 +613,43 @@ def run_evaluation(model, args):
         if args.robustness:
             write_csv(out / "robustness.csv", grid)
             plot_robustness(out / "robustness.png", grid)
-    found = {reason for each in summaries.values() for reason in each["excluded"]}
-    return int(not found.isdisjoint(("unreadable", "no answer")))
+    reasons = {reason for each in summaries.values() for reason in each["excluded"]}
+    return int(not reasons.isdisjoint(("unreadable", "no answer")))
 
 
 def run_pictures(model, args):
     """Print, and with --out write, the answer for every picture -> exit status 0 or 1."""
-    names, folder, failed = collect(args.paths, args.out), Path(args.out or ""), 0
-    start, mode, files = time.time(), "a" if args.skip_existing else "w", [os.devnull] * 2
-    if args.out:
-        files = folder / "results.csv", folder / "report.html"
-        folder.mkdir(parents=True, exist_ok=True)
+    names, out, failed = collect(args.paths, args.out), Path(args.out or ""), 0
     if args.skip_existing:
-        names = {n: path for n, path in names.items() if not (folder / f"{n}_overlay.png").exists()}
-    with (open(files[0], mode, newline="", encoding="utf-8") as table,
-          open(files[1], mode, encoding="utf-8") as report):
-        if not table.tell():
-            csv.writer(table).writerow(FIELDS)
-            report.write(REPORT)
-        answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
-        for i, (name, (path, result, seconds)) in enumerate(zip(names, answers), start=1):
-            row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
-            if isinstance(result, Exception):
-                failed, line, row["error"] = 1, "", str(result) or type(result).__name__
-                print(f"error: {row['error']}", file=sys.stderr)
-                shown = html.escape(row["error"] + " ")
-            else:
-                row |= {key: value for key, value in result._asdict().items() if key in FIELDS}
-                row["height"], row["width"] = result.map.shape
-                line = f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}"
-                shown = show(folder, name, path, result) if args.out else ""
-                with Image.open(path) as file:
-                    if getattr(file, "n_frames", 1) > 1:
-                        print(f"note: {path}: first of {file.n_frames} frames", file=sys.stderr)
-            label = html.escape(str(path))
-            report.write(f'<figure data-score="{row["score"]}" data-path="{label}">'
-                         f'{shown}{label}</figure>\n')
-            csv.DictWriter(table, FIELDS).writerow(row)
-            report.flush(), table.flush()
-            if line := json.dumps(row) if args.json else line:
-                print(line, flush=True)
-            if sys.stderr.isatty() and len(names) > 20:
-                rate = i / (time.time() - start)
-                print(f"{i}/{len(names)}  {rate:.1f} pictures/s  "
-                      f"{(len(names) - i) / rate:.0f} s left  ", end="\r", file=sys.stderr)
+        names = {n: path for n, path in names.items() if not (out / f"{n}_overlay.png").exists()}
+    if args.out:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in ("results.csv", "report.html") * (not args.skip_existing):
+            (out / file).unlink(missing_ok=True)
+    answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
+    for name, (path, result, seconds) in zip(names, answers):
+        row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
+        if isinstance(result, Exception):
+            failed, row["error"] = 1, str(result) or type(result).__name__
+            print(f"error: {row['error']}", file=sys.stderr)
+        else:
+            row |= {key: value for key, value in result._asdict().items() if key in FIELDS}
+            row["height"], row["width"] = result.map.shape
+            with Image.open(path) as file:
+                if getattr(file, "n_frames", 1) > 1:
+                    print(f"note: {path}: first of {file.n_frames} frames", file=sys.stderr)
+        if args.out:
+            label, error = html.escape(str(path)), html.escape(row["error"])
+            shown = error or show(out, name, path, result)
+            write_csv(out / "results.csv", [row], "a")
+            with open(out / "report.html", "a", encoding="utf-8") as report:
+                report.write(REPORT * (not report.tell()))
+                report.write(f'<figure data-score="{row["score"]}" data-path="{label}">'
+                             f'{shown} {label}</figure>\n')
+        if args.json:
+            print(json.dumps(row), flush=True)
+        elif not row["error"]:
+            print(f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
     return failed
 
 

@@ -159,33 +159,46 @@ class Local(infer.SAPL):
         return grid, grid.flatten(1).mean(dim=1)
 
 
-def test_tiles_equal_the_whole():
-    model, picture = make_model(Local), photo(400, 336)
-    grid = model.answer(data.to_tensor(picture)[None])[0][0]                         # (21, 25)
-    tiled = model.tiles(picture, grid)
-    assert tiled.shape == grid.shape and torch.allclose(tiled, grid, atol=1e-5)
-    small = photo(112, 96)                                   # one tile: the network sees the same
-    model = make_model()
-    assert np.array_equal(model.localize(small, tiles=True).map, model.localize(small).map)
-    for odd in ((401, 339), (1000, 17), (15, 700), (16, 129)):
-        result = model.localize(photo(*odd), tiles=True)
-        assert result.map.shape == odd[::-1] and np.isfinite(result.map).all()
-
-
 def test_windows_are_means_of_what_each_window_says():
     model, image = make_model(window=64), torch.rand(2, 3, 64, 112)
     with torch.no_grad():
         left, right = (model(image[..., x:x + 64]).logits for x in (0, 48))
-        logits = model.windows(image)
-    assert torch.allclose(logits[..., :3], left[..., :3], atol=1e-5)
-    assert torch.allclose(logits[..., 3], (left[..., 3] + right[..., 0]) / 2, atol=1e-5)
-    assert torch.allclose(logits[..., 4:], right[..., 1:], atol=1e-5)
+    middle = (left[..., 3:] + right[..., :1]) / 2
+    expected = torch.cat([left[..., :3], middle, right[..., 1:]], dim=2)             # (2, 4, 7)
+    grids, scores = model.answer(image)
+    assert torch.allclose(grids, expected.sigmoid(), atol=1e-5)
+    pooled = infer.ecpl.pool_score(expected.flatten(1), 0.1).sigmoid()
+    assert torch.allclose(scores, pooled, atol=1e-5)
     whole, small = make_model(), image[..., :64]
     assert torch.allclose(model.answer(small)[0], whole.answer(small)[0], atol=1e-6)
     for length in range(1, 40):                                   # windows leave no gap
         begin = infer.starts(length, 8)
         assert set(range(length)) <= {s + k for s in begin for k in range(8)}
         assert max(begin) + min(8, length) <= length
+
+
+class Local(infer.SAPL):
+    """Every patch answers with its own mean brightness, whatever lies around it."""
+
+    def forward(self, image):
+        grid = torch.nn.functional.avg_pool2d(image.mean(dim=1), 16)                 # (B, h, w)
+        return infer.ecpl.Output(grid, None, None, None, None, None)
+
+
+@pytest.mark.parametrize("window", [0, 64])
+def test_tiles_equal_the_whole_at_its_own_size(window):
+    model, picture = make_model(Local, window=window), photo(400, 336)
+    grid = model.answer(data.to_tensor(picture)[None])[0][0]                         # (21, 25)
+    tiled = model.tiles(picture, grid)
+    assert tiled.shape == grid.shape and torch.allclose(tiled, grid, atol=1e-5)
+
+
+def test_tiles_take_any_size():
+    model, small = make_model(), photo(112, 96)              # no larger than a view: the same
+    assert np.array_equal(model.localize(small, tiles=True).map, model.localize(small).map)
+    for odd in ((401, 339), (1000, 17), (15, 700), (16, 129)):
+        result = model.localize(photo(*odd), tiles=True)
+        assert result.map.shape == odd[::-1] and np.isfinite(result.map).all()
 
 
 def test_the_whole_picture_decides_the_score():
