@@ -112,8 +112,8 @@ def noise(*shape, std):
 
 
 class LoRA(nn.Module):
-    """A trainable change of low rank beside a frozen linear map: alpha / rank * B A x, Hu et al.
-    2021. Beside it, not added to its weight, whose own gradient would cost a third as much again."""
+    """A trainable change of low rank beside a frozen linear map, alpha / rank * B A x (Hu et al.
+    2021). Beside it, because a weight that it were added to would need a gradient of its own."""
     def __init__(self, weight, rank, alpha):
         super().__init__()
         self.scale = alpha / rank
@@ -270,10 +270,10 @@ class CLIP(nn.Module):
 
     def encode_patches(self, pixels, levels=(), dense="plain"):
         """Patch tokens [(B, N, Dv)] after the blocks `levels` (from 1), dense features (B, N, D).
-        dense: attention in the last block, for features that stay with their patch. "plain": OpenAI's;
-        "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of query-query and
-        key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's residual and
-        perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch."""
+        dense: attention in the last block, for features that stay with their patch. "plain":
+        OpenAI's; "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of
+        query-query and key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's
+        residual and perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch."""
         *blocks, last = self.visual.transformer.resblocks
         found = [self.visual.embed(pixels)]                                    # (B, 1 + N, Dv)
         for block in blocks:

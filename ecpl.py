@@ -73,10 +73,10 @@ class PromptLearner(nn.Module):
         P = V + 0.02 * o(Attention(queries LayerNorm(V), keys and values G))
         prompt of class c = [start] P_c words_c [end]
 
-    0.02: the spread of CLIP's word embeddings (ours: without it the first steps of o threw the
-    prompts far from all words). V: the context tokens. e: soft edges, dF_l: variation of the features at level l (in the control
-    of the ablation: e = 1, the features themselves). o starts at zero, so training starts from
-    P = V. Without `attend` it stays there: the plain learned prompt.
+    V: the context tokens. 0.02: the spread of CLIP's word embeddings (ours: the first steps of o
+    then move a prompt by less than the distance of two words). e: soft edges, dF_l: variation of
+    the features at level l (in the control of the ablation: e = 1, the features themselves). o
+    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain learned prompt.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):

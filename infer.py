@@ -620,6 +620,7 @@ def run_evaluation(model, args):
 def run_pictures(model, args):
     """Print, and with --out write, the answer for every picture -> exit status 0 or 1."""
     names, out, failed = collect(args.paths, args.out), Path(args.out or ""), 0
+    began = time.time()
     if args.skip_existing:
         names = {n: path for n, path in names.items() if not (out / f"{n}_overlay.png").exists()}
     if args.out:
@@ -627,7 +628,7 @@ def run_pictures(model, args):
         for file in ("results.csv", "report.html") * (not args.skip_existing):
             (out / file).unlink(missing_ok=True)
     answers = stream(model, names.values(), open_picture, args.raw, args.tiles)
-    for name, (path, result, seconds) in zip(names, answers):
+    for i, (name, (path, result, seconds)) in enumerate(zip(names, answers), start=1):
         row = dict.fromkeys(FIELDS, "") | {"path": str(path), "seconds": round(seconds, 4)}
         if isinstance(result, Exception):
             failed, row["error"] = 1, str(result) or type(result).__name__
@@ -650,6 +651,9 @@ def run_pictures(model, args):
             print(json.dumps(row), flush=True)
         elif not row["error"]:
             print(f"{path}  {result.decision}  {result.score:.3f}  {result.area:.3f}", flush=True)
+        if sys.stderr.isatty() and len(names) > 20:
+            left = (time.time() - began) / i * (len(names) - i)
+            print(f"{i}/{len(names)}  {left:.0f} s left  ", end="\r", file=sys.stderr)
     return failed
 
 

@@ -436,8 +436,8 @@ def run_epoch(run, objective, train_set, val_set, names):
 
 
 def set_thresholds(model, genuine):
-    """Set both thresholds of a SAPL (ours): at most 10 % of the pixels of these genuine pictures lie
-    above `threshold`, at most 10 % of the pictures score above `score_threshold`."""
+    """Set both thresholds of a SAPL (ours): at most 10 % of the pixels of these genuine pictures
+    lie above `threshold`, at most 10 % of the pictures score above `score_threshold`."""
     pixels, scores = [], []
     for picture in genuine:
         with contextlib.suppress(data.BadPicture):
