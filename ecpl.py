@@ -76,7 +76,8 @@ class PromptLearner(nn.Module):
     V: the context tokens. 0.02: the spread of CLIP's word embeddings (ours: the first steps of o
     then move a prompt by less than the distance of two words). e: soft edges, dF_l: variation of
     the features at level l (in the control of the ablation: e = 1, the features themselves). o
-    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain learned prompt.
+    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain
+    learned prompt.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):
@@ -216,7 +217,7 @@ class ECPL(nn.Module):
         """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
         pixels = clip.normalize(image)                                         # (B, 3, H, W)
         if self.zoom > 1:
-            pixels = F.interpolate(pixels, scale_factor=self.zoom, mode="bilinear")  # enlarged
+            pixels = F.interpolate(pixels, scale_factor=self.zoom, mode="bilinear")  # (B, 3, ..)
         h, w = clip_model.visual.grid(pixels)
         # levels [(B, N, Dv)], features (B, N, D)
         levels, features = clip_model.encode_patches(pixels, self.levels, self.dense)
