@@ -46,7 +46,7 @@ VARIANTS = CORE | {
     "SAPL, mosaics 2 x 2": {"mosaic": 2},
     "SAPL, no zoom": {"zoom": 1},
     "SAPL, LoRA in all blocks": {"lora_share": 1.0},
-    "SAPL, LoRA in the last third": {"lora_share": 0.34},
+    "SAPL, LoRA in the last half": {"lora_share": 0.5},
     "SAPL, whole tower trained": {"tune": "full", "lr_clip": 2e-4},
 }
 
