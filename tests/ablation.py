@@ -47,6 +47,7 @@ VARIANTS = CORE | {
     "SAPL, no zoom": {"zoom": 1},
     "SAPL, LoRA in all blocks": {"lora_share": 1.0},
     "SAPL, LoRA in the last half": {"lora_share": 0.5},
+    "SAPL, tower frozen, no LoRA": {"tune": "none"},
     "SAPL, whole tower trained": {"tune": "full", "lr_clip": 2e-4},
 }
 

@@ -174,7 +174,7 @@ def bench_train(device="auto"):
     """Training: pictures/s, where a step's time goes, memory; beside a plain loop.
 
     LoRA and HECL as in the defaults, random weights, 224 pixels. The plain loop: prompts padded to
-    77 tokens, nn.MultiheadAttention with its attention weights, LoRA added to its weights. Times are the best of 4; the data
+    77 tokens, nn.MultiheadAttention with its attention weights, LoRA added to its weights. Times are the best of 8; the data
     come from one worker.
     """
     import train
@@ -258,7 +258,7 @@ def flat(levels_and_features):
     return [*levels, features]
 
 
-def best_time(call, device, repeats=4):
+def best_time(call, device, repeats=8):
     """Shortest seconds of a call, after one to warm up. On one CPU thread processor time is taken,
     which other programs disturb less."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
