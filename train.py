@@ -49,7 +49,7 @@ class Config:
     tune: str = option("lora", "what of CLIP is trained", "lora", "full", "none")
     lora_rank: int = option(8, "rank of LoRA")
     lora_alpha: float = option(16.0, "LoRA adds alpha / rank times its product")
-    lora_share: float = option(0.34, "share of the tower's blocks that get LoRA, the last ones")
+    lora_share: float = option(0.25, "share of the tower's blocks that get LoRA, the last ones")
     levels: tuple = option((), "blocks whose features are used, from 1; none: thirds of the tower")
     context: int = option(8, "learned context tokens of a prompt")
     class_words: tuple = option(("genuine", "manipulated"), "words that end the two prompts")
