@@ -34,7 +34,7 @@ import clip
 import data
 import ecpl
 
-SHIPPED = Path(__file__).parent / "weights" / "tiny.pt"
+SHIPPED = clip.TINY
 ECPL_KEYS = ecpl.ECPL.SETTINGS
 BATCH = 8                                        # pictures per forward pass
 BAD = (OSError, ValueError, MemoryError)         # what a picture, not the program, may raise

@@ -481,8 +481,9 @@ def train(config):
     train_set, val_set, pictures, held_out = make_sets(config)
     unit = math.lcm(2, config.accumulate * world * config.mosaic ** 2)
     if config.batch % unit or config.batch > len(train_set):
-        raise ValueError(f"found --batch {config.batch} for {len(train_set)} pictures, expected a "
-                         f"multiple of {unit} (of 2, --accumulate x processes x --mosaic^2)")
+        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2, "
+                         "--accumulate x processes x --mosaic^2), at most the number of training "
+                         f"pictures, {len(train_set)}: change --batch")
     names = [p.path for p in pictures] if config.data else range(len(train_set))
     labels = getattr(train_set, "labels", [0, 1])
     run = Run(config, state, device, rank, world)

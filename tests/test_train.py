@@ -417,7 +417,7 @@ def test_help(capsys):
     ("--data {0}/nowhere", "nowhere"),
     ("--data {0}/set/au", "both classes"),
     ("--synthesize {0}/empty", "empty"),
-    ("--data {0}/set --batch 500", "--batch 500 for"),
+    ("--data {0}/set --batch 500", "--batch 500, expected"),
     ("--data {0}/set --size 65", "65"),
     ("--data {0}/set --levels 7", "numbers from 1 to 2"),
     ("--data {0}/set --batch 9 --accumulate 2", "multiple"),
