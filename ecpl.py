@@ -23,7 +23,7 @@ CLASSES = ("genuine", "manipulated")
 
 def sobel(x):
     """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape.
-    Borders are replicated. Sums of shifted copies: 2.5 times as fast as a grouped convolution."""
+    Borders are replicated. Sums of shifted copies are faster than a grouped convolution."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")                               # (B, K, H+2, W+2)
     rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]                # (B, K, H, W+2)
     columns = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]                      # (B, K, H+2, W)
@@ -75,11 +75,10 @@ class PromptLearner(nn.Module):
         P = V + 0.02 * o(Attention(queries LayerNorm(V), keys and values G))
         prompt of class c = [start] P_c words_c [end]
 
-    V: the context tokens. 0.02: the spread of CLIP's word embeddings (ours: the first steps of o
-    then move a prompt by less than the distance of two words). e: soft edges, dF_l: variation of
-    the features at level l (in the control of the ablation: e = 1, the features themselves). o
-    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain
-    learned prompt.
+    V: the context tokens. 0.02: the spread of CLIP's word embeddings (ours: o then moves prompts
+    in steps of their own size). e: soft edges, dF_l: variation of the features at level l (in the
+    control of the ablation: e = 1, the features themselves). o starts at zero, so training starts
+    from P = V. Without `attend` it stays there: the plain learned prompt.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):

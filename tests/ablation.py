@@ -1,6 +1,6 @@
 """What each part of SAPL brings: short trainings with parts switched on and off. Run by hand.
 
-    python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --composites SET [--seeds 3]
+    python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --composites SET [--seeds 0 1 2]
 
 Each run trains one variant on synthetic manipulations of the photos (every eighth photo is held out
 and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train

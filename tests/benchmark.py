@@ -174,8 +174,8 @@ def bench_train(device="auto"):
     """Training: pictures/s, where a step's time goes, memory; beside a plain loop.
 
     LoRA and HECL as in the defaults, random weights, 224 pixels. The plain loop: prompts padded to
-    77 tokens, nn.MultiheadAttention with its attention weights, LoRA added to its weights. Times are the best of 8; the data
-    come from one worker.
+    77 tokens, nn.MultiheadAttention with its attention weights, LoRA added to its weights in
+    all blocks. Times are the best of 8.
     """
     import train
     device = infer.pick_device(device)
@@ -193,7 +193,7 @@ def bench_train(device="auto"):
                               class_words=("ge", "ma"))
         settings = vars(config)
 
-        def objective(plain=False, hecl=0.1, lora_share=0.5):
+        def objective(plain=False, hecl=0.1, lora_share=config.lora_share):
             torch.manual_seed(0)
             tower = clip.CLIP(**size, image_resolution=224, vision_patch_size=16,
                               context_length=77, vocab_size=514)
