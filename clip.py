@@ -247,6 +247,11 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj                               # (B, D)
 
 
+def is_trained(module):
+    """Whether training changes any weight of a module."""
+    return any(p.requires_grad for p in module.parameters())
+
+
 class CLIP(nn.Module):
     """Both towers. Sizes as in OpenAI's configuration; `stem` is ours (see Stem)."""
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
@@ -268,21 +273,26 @@ class CLIP(nn.Module):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
         return self.visual(pixels)
 
-    def encode_patches(self, pixels, levels=(), dense="plain"):
+    def encode_patches(self, pixels, levels=(), dense="plain", memo=None):
         """Patch tokens [(B, N, Dv)] after the blocks `levels` (from 1), dense features (B, N, D).
         dense: attention in the last block, for features that stay with their patch. "plain":
         OpenAI's; "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of
         query-query and key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's
-        residual and perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch."""
-        *blocks, last = self.visual.transformer.resblocks
-        found = [self.visual.embed(pixels)]                                    # (B, 1 + N, Dv)
-        for block in blocks:
-            found.append(block(found[-1]))                                     # (B, 1 + N, Dv)
-        x = found[-1]
-        found.append(last(x) if dense == "plain" else last.attn(last.ln_1(x), dense))
-        if not all(1 <= level < len(found) for level in levels):
-            raise ValueError(f"levels {levels}, expected numbers from 1 to {len(found) - 1}")
-        features = self.visual.ln_post(found[-1][:, 1:]) @ self.visual.proj    # (B, N, D)
+        residual and perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch.
+        memo: a dict, empty at first, that keeps the tokens that no training changes: the next call
+        with it, for the same pixels and settings, starts after them."""
+        blocks = self.visual.transformer.resblocks
+        if not all(1 <= level <= len(blocks) for level in levels):
+            raise ValueError(f"levels {levels}, expected numbers from 1 to {len(blocks)}")
+        found = dict(memo or {0: self.visual.embed(pixels)})                   # {0: (B, 1 + N, Dv)}
+        for i in range(max(found), len(blocks)):
+            x, block, own = found[i], blocks[i], dense == "plain" or i + 1 < len(blocks)
+            found[i + 1] = block(x) if own else block.attn(block.ln_1(x), dense)  # (B, 1 + N, Dv)
+        if memo == {} and not self.visual.conv1.weight.requires_grad:
+            trained = (i for i, block in enumerate(blocks) if is_trained(block))
+            frozen = next(trained, len(blocks))
+            memo.update({i: found[i] for i in {*levels, frozen} if i <= frozen})
+        features = self.visual.ln_post(found[len(blocks)][:, 1:]) @ self.visual.proj  # (B, N, D)
         return [found[level][:, 1:] for level in levels], features
 
     def encode_prompts(self, embeddings, end):

@@ -214,14 +214,15 @@ class ECPL(nn.Module):
         scale = self.log_scale.clamp(0, 4.6).exp()  # ours: 1 .. 99.5, just under CLIP's bound
         return scale * (features * difference[:, None]).sum(dim=-1) + self.bias  # (B, N)
 
-    def forward(self, clip_model, image):
-        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
+    def forward(self, clip_model, image, memo=None):
+        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output. memo: a dict kept for
+        pictures that come again, see clip.encode_patches."""
         pixels = clip.normalize(image)                                         # (B, 3, H, W)
         if self.zoom > 1:
             pixels = F.interpolate(pixels, scale_factor=self.zoom, mode="bilinear")  # (B, 3, ..)
         h, w = clip_model.visual.grid(pixels)
         # levels [(B, N, Dv)], features (B, N, D)
-        levels, features = clip_model.encode_patches(pixels, self.levels, self.dense)
+        levels, features = clip_model.encode_patches(pixels, self.levels, self.dense, memo)
         edges = self.soft_edges(image, levels, h, w)                           # (B, N)
         text = self.text_features(clip_model, levels, edges, h, w)             # (B or 1, C, D)
         for x, norm, gate in zip(levels, self.level_norms, self.level_gates):

@@ -154,9 +154,9 @@ class SAPL(nn.Module):
             last = blocks[-max(1, round(config["lora_share"] * len(blocks))):]
             clip.add_lora(last, config["lora_rank"], config["lora_alpha"])
 
-    def forward(self, image):
+    def forward(self, image, memo=None):
         """image (B, 3, H, W) in [0, 1], sides multiples of `ecpl.cell` -> ecpl.Output."""
-        return self.ecpl(self.clip, image)
+        return self.ecpl(self.clip, image, memo)
 
     @classmethod
     def load(cls, path=None, device="auto", merge=True):

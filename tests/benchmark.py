@@ -241,12 +241,21 @@ def bench_train(device="auto"):
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         every = best_time(step(objective(lora_share=1.0), loss), device)
         plain = best_time(step(objective(plain=True), loss), device)
+
+        @torch.no_grad()
+        def validate(memo):
+            with cast():
+                return bare.model(image, memo)
+
+        kept = {}
+        first, again = (best_time(lambda: validate(memo), device) for memo in (None, kept))
         total, every, plain = whole + update, every + update, plain + update
         print(f"{name:9} batch {batch}: {batch / total:7.1f} pictures/s, plain loop "
               f"{batch / plain:.1f} ({plain / total:.2f}x), LoRA in all blocks {batch / every:.1f} "
               f"({plain / every:.2f}x); step {1000 * total:.0f} ms = "
               + ", ".join(f"{key} {100 * value / total:.0f} %" for key, value in rest)
-              + f"; data {1000 * loading:.0f} ms; peak memory {memory:.1f} GB")
+              + f"; data {1000 * loading:.0f} ms; peak memory {memory:.1f} GB; validation with what "
+              f"the frozen blocks made of it last time: {first / again:.1f}x")
         if big:
             macs = batch * 196 * depth * 12 * size["vision_width"] ** 2
             print(f"          image tower's matrix products: {6 * macs / total / 1e12:.0f} TFLOP/s")

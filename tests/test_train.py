@@ -155,6 +155,31 @@ def test_mosaics_keep_cells_apart():
     assert torch.equal(train.untile(deep, 2, 2, 3)[..., 4], cells)
 
 
+@pytest.mark.parametrize("tune, blocks", [("lora", 1), ("none", 0), ("full", 2)])
+def test_validation_keeps_what_is_frozen(place, monkeypatch, tune, blocks):
+    """The second time only trained blocks are computed, no picture is read, the numbers stay."""
+    config = settings(place, f"kept-{tune}", tune=tune, lora_share=0.5)
+    _, val_set, *_ = train.make_sets(config)
+    run, calls, reads = train.Run(config), [], []
+    for block in run.model.clip.visual.transformer.resblocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    read = type(val_set).__getitem__
+    monkeypatch.setattr(type(val_set), "__getitem__", lambda *item: reads.append(1) or read(*item))
+    first = train.validate(run, val_set)
+    steps = len(run.kept)
+    assert len(reads) == len(val_set) and len(calls) == 2 * steps > 0
+    with torch.no_grad():                                # training goes on
+        for p in run.model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    calls.clear(), reads.clear()
+    second = train.validate(run, val_set)
+    assert (len(reads), len(calls)) == (0, blocks * steps)
+    run.kept, run.room = [], 0
+    assert second == train.validate(run, val_set) != first      # computed anew, bit for bit
+    assert run.kept == []                                       # no room
+
+
 def test_parts_and_recomputation_change_nothing(place):
     """Without HECL, whose contrast needs the whole batch, the gradients are the same."""
     plain, parts = (settings(place, out, hecl=0.0, epochs=1, **more) for out, more in (
