@@ -415,6 +415,7 @@ class TrainingSet(Dataset):
     def __init__(self, pairs, *, size, seed, reencode=True, augment=True, cache=1000):
         self.photos, self.labels = [photo for photo, _ in pairs], [int(label) for _, label in pairs]
         self.size, self.seed, self.reencode, self.augment = size, seed, reencode, augment
+        self.pairs = 0                                    # how many, at the end, are synthetic
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()      # seen by live workers
         for i in range(len(self.photos)):
             with suppress(BadPicture):                                       # raised when asked for
@@ -465,7 +466,7 @@ class SynthesisSet(TrainingSet):
 
     def __init__(self, photos, *, size, count, seed, cache=1000):
         super().__init__([(photo, 0) for photo in photos], size=size, seed=seed, cache=cache)
-        self.labels = [i % 2 for i in range(count)]
+        self.labels, self.pairs = [i % 2 for i in range(count)], count
 
     def __getitem__(self, index):
         return to_tensor(self.make(index // 2, index % 2)[0]), self.labels[index], index
@@ -486,6 +487,28 @@ class SynthesisSet(TrainingSet):
             mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         image, words = degrade(image, self.rng(number, 1), size)         # equal chance for both
         return image, mask, caption or words
+
+
+class Mixture(Dataset):
+    """A TrainingSet and, after its pictures, synthetic pairs made of its genuine ones. Source: ours."""
+
+    def __init__(self, pictures, count):
+        genuine = [photo for photo, label in zip(pictures.photos, pictures.labels) if label == 0]
+        self.parts = pictures, SynthesisSet(genuine, size=pictures.size, seed=pictures.seed,
+                                            count=count, cache=0)
+        self.labels, self.pairs = sum((part.labels for part in self.parts), []), count
+
+    def __len__(self):
+        return len(self.labels)
+
+    def set_epoch(self, epoch):
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def __getitem__(self, index):
+        first = len(self.parts[0])
+        image, label, _ = self.parts[index >= first][index - first * (index >= first)]
+        return image, label, index
 
 
 # -------------------------------------------------------------------------------- command line

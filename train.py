@@ -41,6 +41,7 @@ class Config:
     synthesize: str = option("", "instead of --data: folder of genuine photos")
     out: str = option("runs/sapl", "folder of the run")
     val: float = option(0.15, "share of the training pictures held out to choose and calibrate")
+    pairs: float = option(0.0, "share of a batch made of the genuine pictures: one and its change")
     size: int = option(224, "side of the training crops, pixels")
     count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine")
     clip: str = option("tiny", "tiny, ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file")
@@ -144,6 +145,9 @@ def make_sets(config):
     """(training set, validation set, pictures of each): paths and labels only, no way to a mask."""
     if bool(config.data) == bool(config.synthesize):
         raise ValueError("found both or none of --data and --synthesize: name one of them")
+    if config.data and pairs_in_batch(config) not in range(config.batch - 1):
+        raise ValueError(f"found --pairs {config.pairs}, expected a share from 0 to below 1 that "
+                         f"leaves pictures with labels in a batch of {config.batch}")
     source, classes = (config.data, {0, 1}) if config.data else (config.synthesize, {0})
     pictures = data.read_set(source, masks=False)[0]
     if config.synthesize:
@@ -157,6 +161,8 @@ def make_sets(config):
     if config.data:
         sets = [data.TrainingSet([(p.path, p.label) for p in part], augment=augment, **common)
                 for part, augment in zip(parts, (True, False))]
+        if made := pairs_in_batch(config):
+            sets[0] = data.Mixture(sets[0], len(sets[0]) // (config.batch - made) * made)
     else:
         counts = config.count, max(32, min(512, int(config.val * config.count)))
         sets = [data.SynthesisSet([p.path for p in part], count=count // 2 * 2, **common)
@@ -164,21 +170,31 @@ def make_sets(config):
     return *sets, *parts
 
 
-def batches(labels, count, config, epoch):
+def pairs_in_batch(config):
+    """How many pictures of a batch are synthetic, an even number."""
+    return config.batch if config.synthesize else 2 * round(config.batch * config.pairs / 2)
+
+
+def batches(labels, pairs, config, epoch):
     """The order of an epoch, from (seed, epoch) alone: indices (steps, batch).
 
-    labels: each class is spread evenly, so that every batch has both. None: synthetic pairs; each
-    lies in one batch, half of it apart, so never in one mosaic: attention could compare the two.
+    labels: of all pictures; the last `pairs` are synthetic. Of the others each class is spread
+    evenly, so that every batch has both. Two of a pair lie in one batch, half of its synthetic
+    part apart, so never in one mosaic: attention could compare them.
     """
-    rng, B, steps = np.random.default_rng((config.seed, epoch)), config.batch, count // config.batch
-    if not labels:
-        pairs = rng.permuted(np.arange(count).reshape(-1, 2), axis=1)[:steps * B // 2]
-        return pairs.reshape(steps, B // 2, 2).swapaxes(1, 2).reshape(steps, B)
-    place = np.zeros(count)
-    for label in (0, 1):
-        members = rng.permutation(np.flatnonzero(np.array(labels) == label))
-        place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-    return rng.permuted(place.argsort()[:steps * B].reshape(steps, B), axis=1)
+    rng, made, parts = np.random.default_rng((config.seed, epoch)), pairs_in_batch(config), []
+    if (count := len(labels) - pairs):
+        B, place = config.batch - made, np.zeros(count)
+        for label in (0, 1):
+            members = rng.permutation(np.flatnonzero(np.array(labels[:count]) == label))
+            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
+        order = place.argsort()[:count // B * B].reshape(-1, B)
+        parts.append(rng.permuted(order, axis=1))                              # (steps, B)
+    if pairs:
+        order = rng.permuted(np.arange(count, len(labels)).reshape(-1, 2), axis=1)
+        order = order[:pairs // made * made // 2].reshape(-1, made // 2, 2)
+        parts.append(order.swapaxes(1, 2).reshape(-1, made))                   # (steps, made)
+    return np.concatenate(parts, axis=1)
 
 
 # ------------------------------------------------------------------------------- model and losses
@@ -415,7 +431,7 @@ def train_step(run, objective, pictures, names, done):
 def run_epoch(run, objective, train_set, val_set, names):
     """What is left of an epoch, then its validation and its row of the log."""
     config, now, began = run.config, run.now, time.time()
-    plan = batches(getattr(train_set, "labels", None), len(train_set), config, now["epoch"])
+    plan = batches(train_set.labels, train_set.pairs, config, now["epoch"])
     steps, first = len(plan), now["step"]
     plan = plan.reshape(steps, config.accumulate, run.world, -1)[first:, :, run.rank]   # (.., B)
     train_set.set_epoch(now["epoch"])
@@ -490,12 +506,13 @@ def train(config):
     (config, state), (device, rank, world) = resumed(config), connect(config.device)
     train_set, val_set, pictures, held_out = make_sets(config)
     unit = math.lcm(2, config.accumulate * world * config.mosaic ** 2)
-    if config.batch % unit or config.batch > len(train_set):
+    if config.batch % unit or not len(batches(train_set.labels, train_set.pairs, config, 0)):
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2, "
                          "--accumulate x processes x --mosaic^2), at most the number of training "
                          f"pictures, {len(train_set)}: change --batch")
-    names = [p.path for p in pictures] if config.data else range(len(train_set))
-    labels = getattr(train_set, "labels", [0, 1])
+    labels = train_set.labels
+    names = [p.path for p in pictures if config.data]
+    names += [f"synthetic {i}" for i in range(len(names), len(labels))]
     run = Run(config, state, device, rank, world)
     objective = Objective(run.model, run.hecl, config, labels.count(0) / labels.count(1)).to(device)
     if world > 1:              # unused: what --dense leaves out of the last block
@@ -503,8 +520,9 @@ def train(config):
             objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
-        print(f"{len(train_set)} pictures to train, {len(val_set)} to validate, on {device} x "
-              f"{world}; epoch {run.now['epoch'] + 1}, step {run.now['step'] + 1}", flush=True)
+        print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, {len(val_set)} to "
+              f"validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
+              f"{run.now['step'] + 1}", flush=True)
 
     def on_signal(number, frame):
         if run.signal:

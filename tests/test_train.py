@@ -203,23 +203,50 @@ def test_start_from_a_checkpoint(place, reference):
 
 def test_batches():
     labels, config = [0] * 30 + [1] * 20, Config(batch=10, seed=3)
-    plan = train.batches(labels, 50, config, epoch=1)
+    plan = train.batches(labels, 0, config, epoch=1)
     assert sorted(plan.ravel().tolist()) == list(range(50))
     assert all(Counter(labels[i] for i in row)[1] == 4 for row in plan)   # as in the whole
-    assert np.array_equal(plan, train.batches(labels, 50, config, epoch=1))
-    assert not np.array_equal(plan, train.batches(labels, 50, config, epoch=2))
-    plan = train.batches(None, 44, config, epoch=0)
+    assert np.array_equal(plan, train.batches(labels, 0, config, epoch=1))
+    assert not np.array_equal(plan, train.batches(labels, 0, config, epoch=2))
+    made = Config(batch=10, seed=3, synthesize="photos")
+    plan = train.batches([0, 1] * 22, 44, made, epoch=0)
     assert len(np.unique(plan)) == 40
     for row in plan:                                             # pairs stay together
         assert {i ^ 1 for i in row} == set(row)
+    mixed = Config(batch=10, seed=3, pairs=0.4)                  # 6 with labels, 2 pairs
+    plan = train.batches(labels + [0, 1] * 16, 32, mixed, epoch=0)
+    assert plan.shape == (8, 10) and len(np.unique(plan)) == 80
+    for row in plan.tolist():
+        assert sum(i < 50 for i in row) == 6 and {labels[i] for i in row if i < 50} == {0, 1}
+        assert {i ^ 1 for i in row if i >= 50} == {i for i in row if i >= 50}
 
 
 def test_mosaics_keep_pairs_apart_and_mix_the_classes():
-    plan = train.batches(None, 2400, Config(batch=24, seed=1), epoch=0)
+    config = Config(batch=24, seed=1, synthesize="photos")
+    plan = train.batches([0, 1] * 1200, 2400, config, epoch=0)
     mosaics = plan.reshape(-1, 4)                                # 2 x 2
     assert all(i ^ 1 not in row for row in mosaics.tolist() for i in row)
     count = Counter((mosaics % 2).sum(axis=1).tolist())          # manipulated cells of each
     assert all(abs(count[k] / 600 - share / 16) < 0.06 for k, share in enumerate((1, 4, 6, 4, 1)))
+
+
+def test_training_from_photos_sees_pairs(place, monkeypatch):
+    """What a step gets: both of each pair, alone or beside pictures with labels."""
+    seen, before = [], train.Objective.forward
+    monkeypatch.setattr(train.Objective, "forward", lambda self, image, labels, ramp: (
+        seen.append((image, labels)), before(self, image, labels, ramp))[1])
+    photos = str(place / "set" / "au")
+    train.train(settings(place, "pairs", data="", synthesize=photos, count=32, epochs=1))
+    for image, labels in seen:                                   # the lower half lies 4 further on
+        assert labels[:4].tolist() == (1 - labels[4:]).tolist()
+        near = (image[:4, None] - image[None, 4:]).abs().mean(dim=(2, 3, 4)).argmin(dim=1)
+        assert (near == torch.arange(4)).float().mean() > 0.7
+    seen.clear()
+    train.train(settings(place, "mixed", pairs=0.5, epochs=1))
+    assert len(seen) == 36 // 4
+    for image, labels in seen:
+        assert set(labels[:4].tolist()) == {0, 1}
+        assert labels[4:6].tolist() == (1 - labels[6:]).tolist()
 
 
 def test_validation_part_shares_nothing(place):
