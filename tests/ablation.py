@@ -36,6 +36,8 @@ CORE = {     # these also go on to the composites
     "+ ECPL": {"hecl": 0.0},
     "+ HECL": {"prompts": "plain"},
     "+ ECPL + HECL (SAPL)": {},
+    "SAPL, tower frozen, no LoRA": {"tune": "none"},
+    "SAPL, pairs beside the labels": {"pairs": 0.5},     # of the composites' genuine pictures
 }
 VARIANTS = CORE | {
     "SAPL, one level": {"levels": (6,)},
@@ -47,7 +49,6 @@ VARIANTS = CORE | {
     "SAPL, no zoom": {"zoom": 1},
     "SAPL, LoRA in all blocks": {"lora_share": 1.0},
     "SAPL, LoRA in the last half": {"lora_share": 0.5},
-    "SAPL, tower frozen, no LoRA": {"tune": "none"},
     "SAPL, whole tower trained": {"tune": "full", "lr_clip": 2e-4},
 }
 
