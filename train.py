@@ -262,7 +262,7 @@ def resumed(config):
     if not config.resume:
         raise ValueError(f"{config.out} holds a run: add --resume, or choose another --out")
     state, now = infer.load_checkpoint(path), vars(config)
-    own = state["settings"] | {key: now[key] for key in FREE}
+    own = vars(Config()) | state["settings"] | {key: now[key] for key in FREE}
     changed = [f"--{key} {value}" for key, value in now.items()
                if value not in (own[key], getattr(Config, key))]
     if changed:

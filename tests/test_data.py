@@ -427,6 +427,20 @@ def test_training_set_sees_paths_and_labels_only(tmp_path, monkeypatch):
     assert torch.equal(plain[0][0], expected)
 
 
+def test_mixture_is_pictures_then_pairs_of_the_genuine_ones(tmp_path):
+    pairs = [(save(tmp_path / f"{i}.jpg", photo(i)), i % 2) for i in range(4)]
+    pictures = data.TrainingSet(pairs, size=48, seed=0)
+    items = data.Mixture(pictures, count=6)
+    assert (len(items), items.pairs, items.labels) == (10, 6, [0, 1, 0, 1] + [0, 1] * 3)
+    alone = data.SynthesisSet([path for path, label in pairs if not label], size=48, count=6, seed=0)
+    for epoch in (0, 1):
+        items.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        assert torch.equal(items[2][0], pictures[2][0]) and items[2][1:] == (0, 2)
+        assert all(torch.equal(items[4 + i][0], alone[i][0]) for i in range(6))
+        assert items[9][1:] == (1, 9)
+
+
 def test_an_unreadable_picture_is_named_when_asked_for(tmp_path):
     (tmp_path / "bad.jpg").write_text("no picture")
     items = data.TrainingSet([(tmp_path / "bad.jpg", 0), (save(tmp_path / "1.jpg"), 1)], size=32, seed=0)
