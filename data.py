@@ -490,7 +490,7 @@ class SynthesisSet(TrainingSet):
 
 
 class Mixture(Dataset):
-    """A TrainingSet and, after its pictures, synthetic pairs made of its genuine ones. Source: ours."""
+    """A TrainingSet and after its pictures synthetic pairs of the genuine ones. Source: ours."""
 
     def __init__(self, pictures, count):
         genuine = [photo for photo, label in zip(pictures.photos, pictures.labels) if label == 0]

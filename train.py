@@ -520,8 +520,8 @@ def train(config):
             objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
-        print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, {len(val_set)} to "
-              f"validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
+        print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, {len(val_set)} "
+              f"to validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
               f"{run.now['step'] + 1}", flush=True)
 
     def on_signal(number, frame):

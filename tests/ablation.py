@@ -5,8 +5,9 @@
 Each run trains one variant on synthetic manipulations of the photos (every eighth photo is held out
 and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train
 and is measured on SET/val. Image labels only; masks measure, they never train. Every variant has the
-same data, steps and seeds. Finished runs are kept in --out/runs.csv and not made again, so an
-interrupted ablation goes on, and several may run side by side. Prints a Markdown table.
+same data, steps and seeds ("pairs beside the labels": twice the steps on the composites). Finished
+runs are kept in --out/runs.csv and not made again, so an interrupted ablation goes on, and several
+may run side by side. Prints a Markdown table, and differences to the plain prompt seed by seed.
 """
 import argparse
 import contextlib
@@ -122,6 +123,19 @@ def table(rows):
         print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
 
 
+def differences(rows, base="plain learned prompt"):
+    """Print what each variant has more than the base with the same seed, mean +- deviation."""
+    found = {(row["variant"], row["set"], row["seed"]): row for row in rows if row["image_auc"]}
+    print(f"\ndifference to {base}, by seed:")
+    for name, s in dict.fromkeys(key[:2] for key in found):
+        pairs = [(found[name, s, seed], found[base, s, seed]) for *key, seed in found
+                 if key == [name, s] and (base, s, seed) in found]
+        for metric in ("pixel_auc", "image_auc") if name != base and len(pairs) > 1 else ():
+            values = [float(a[metric]) - float(b[metric]) for a, b in pairs]
+            print(f"{name}, {s}, {metric}: {statistics.mean(values):+.3f} ± "
+                  f"{statistics.stdev(values):.3f} ({len(values)} seeds)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--clip", required=True, help="pretrained CLIP, a name or file of clip.load")
@@ -137,7 +151,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare(args)
-    done, rows = args.out / "runs.csv", []
+    done = args.out / "runs.csv"
     for seed in args.seeds:
         for name in args.only:
             claim = args.out / f"{name}-{seed}.claimed".replace(" ", "_")
@@ -154,7 +168,9 @@ def main():
                 if not file.tell():
                     writer.writeheader()
                 writer.writerows(new)
-    table(list(csv.DictReader(done.open())))
+    rows = list(csv.DictReader(done.open()))
+    table(rows)
+    differences(rows)
 
 
 if __name__ == "__main__":

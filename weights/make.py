@@ -202,7 +202,7 @@ def main():
         crops = DataLoader(Crops(photos, args.batch, args.seed), batch_size=None, num_workers=1)
         distil(model, teacher, crops, args, lr=2e-3)
     pairs = Captioned(photos, size=64, count=10 ** 6, seed=args.seed)
-    loader = DataLoader(pairs, batch_size=args.batch, num_workers=1, collate_fn=collate)
+    loader = DataLoader(pairs, batch_size=64, num_workers=1, collate_fn=collate)
     caption(model, loader, args.caption_minutes, lr=1e-3, lr_tower=2e-4 if args.teacher else 1e-3)
     torch.save(model.state_dict(), args.out)
 

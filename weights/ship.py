@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 import infer                                                    # noqa: E402 (path first)
 import train                                                    # noqa: E402
 
-SETTINGS = {"clip": "tiny", "window": 128, "max_side": 512, "tune": "full"}
+SETTINGS = {"clip": "tiny", "window": 256, "max_side": 512, "tune": "full"}
 
 
 def main():
