@@ -510,6 +510,9 @@ def train(config):
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2, "
                          "--accumulate x processes x --mosaic^2), at most the number of training "
                          f"pictures, {len(train_set)}: change --batch")
+    if 0 < pairs_in_batch(config) < 2 * config.mosaic ** 2:
+        raise ValueError(f"found {pairs_in_batch(config)} synthetic pictures a batch, expected at "
+                         f"least {2 * config.mosaic ** 2}, or a pair shares a mosaic: raise --batch")
     labels = train_set.labels
     names = [p.path for p in pictures if config.data]
     names += [f"synthetic {i}" for i in range(len(names), len(labels))]
@@ -520,8 +523,8 @@ def train(config):
             objective, find_unused_parameters=config.tune == "full")
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
-        print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, {len(val_set)} "
-              f"to validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
+        print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, "
+              f"{len(val_set)} to validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
               f"{run.now['step'] + 1}", flush=True)
 
     def on_signal(number, frame):
