@@ -511,8 +511,8 @@ def train(config):
                          "--accumulate x processes x --mosaic^2), at most the number of training "
                          f"pictures, {len(train_set)}: change --batch")
     if 0 < pairs_in_batch(config) < 2 * config.mosaic ** 2:
-        raise ValueError(f"found {pairs_in_batch(config)} synthetic pictures a batch, expected at "
-                         f"least {2 * config.mosaic ** 2}, or a pair shares a mosaic: raise --batch")
+        raise ValueError(f"found {pairs_in_batch(config)} synthetic pictures a batch, expected "
+                         f"{2 * config.mosaic ** 2} or more, or pairs share a mosaic: raise --batch")
     labels = train_set.labels
     names = [p.path for p in pictures if config.data]
     names += [f"synthetic {i}" for i in range(len(names), len(labels))]
@@ -524,8 +524,8 @@ def train(config):
     if rank == 0:
         print("  ".join(f"{k}={v}" for k, v in run.model.config.items()))
         print(f"{len(labels)} pictures to train, {train_set.pairs} of them synthetic, "
-              f"{len(val_set)} to validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, step "
-              f"{run.now['step'] + 1}", flush=True)
+              f"{len(val_set)} to validate, on {device} x {world}; epoch {run.now['epoch'] + 1}, "
+              f"step {run.now['step'] + 1}", flush=True)
 
     def on_signal(number, frame):
         if run.signal:
