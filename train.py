@@ -511,8 +511,9 @@ def train(config):
                          "--accumulate x processes x --mosaic^2), at most the number of training "
                          f"pictures, {len(train_set)}: change --batch")
     if 0 < pairs_in_batch(config) < 2 * config.mosaic ** 2:
-        raise ValueError(f"found {pairs_in_batch(config)} synthetic pictures a batch, expected "
-                         f"{2 * config.mosaic ** 2} or more, or pairs share a mosaic: raise --batch")
+        raise ValueError(f"found {pairs_in_batch(config)} synthetic pictures a batch, expected at "
+                         f"least {2 * config.mosaic ** 2}, so that no pair shares a mosaic: "
+                         "raise --batch")
     labels = train_set.labels
     names = [p.path for p in pictures if config.data]
     names += [f"synthetic {i}" for i in range(len(names), len(labels))]

@@ -474,7 +474,7 @@ def test_help(capsys):
     ("--data {0}/set --levels 7", "numbers from 1 to 2"),
     ("--data {0}/set --batch 9 --accumulate 2", "multiple"),
     ("--data {0}/set --pairs 1", "below 1"),
-    ("--data {0}/set --pairs 0.25 --batch 8 --mosaic 2", "share a mosaic"),
+    ("--data {0}/set --pairs 0.25 --batch 8 --mosaic 2", "shares a mosaic"),
     ("--data {0}/set --init {0}/mini.pt", "not a SAPL checkpoint"),
     ("--data {0}/set --clip nothing", "nothing")])
 def test_user_errors_are_one_line_and_status_2(place, capsys, words, message):
