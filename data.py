@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageOps, ImageStat
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 MAX_PIXELS = 200_000_000      # ours: 600 MB decoded; a header that claims more is refused
@@ -489,25 +489,21 @@ class SynthesisSet(TrainingSet):
         return image, mask, caption or words
 
 
-class Mixture(Dataset):
+class Mixture(ConcatDataset):
     """A TrainingSet and after its pictures synthetic pairs of the genuine ones. Source: ours."""
 
     def __init__(self, pictures, count):
         genuine = [photo for photo, label in zip(pictures.photos, pictures.labels) if label == 0]
-        self.parts = pictures, SynthesisSet(genuine, size=pictures.size, seed=pictures.seed,
-                                            count=count, cache=0)
-        self.labels, self.pairs = sum((part.labels for part in self.parts), []), count
-
-    def __len__(self):
-        return len(self.labels)
+        made = SynthesisSet(genuine, size=pictures.size, seed=pictures.seed, count=count, cache=0)
+        super().__init__([pictures, made])
+        self.labels, self.pairs = pictures.labels + made.labels, count
 
     def set_epoch(self, epoch):
-        for part in self.parts:
+        for part in self.datasets:
             part.set_epoch(epoch)
 
     def __getitem__(self, index):
-        first = len(self.parts[0])
-        image, label, _ = self.parts[index >= first][index - first * (index >= first)]
+        image, label, _ = super().__getitem__(index)
         return image, label, index
 
 

@@ -106,8 +106,8 @@ def distil(model, teacher, loader, args, lr):
 
     A block starts from the teacher's tokens, ever more often from the tower's own, so that it
     learns to mend their errors. Losses are relative to the variance of the block's step. Matrices
-    of the blocks are trained by Muon (Jordan et al. 2024), the rest by AdamW: for the same time,
-    closer than AdamW alone, as small batches are closer than large ones.
+    of the blocks are trained by Muon (Jordan et al. 2024), the rest by AdamW: ours, after trials of
+    a few minutes that differed in batch size too, so not a clean comparison.
     """
     student = model.visual
     matrices = [p for p in student.transformer.parameters() if p.ndim == 2]
