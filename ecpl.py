@@ -141,12 +141,12 @@ def pool_score(logits, rho):
 
 
 class Output(NamedTuple):
-    """What SAPL answers for a batch; `levels`, `edges` feed HECL in training."""
+    """What SAPL answers for a batch; `stages`, `edges` feed HECL in training."""
     logits: torch.Tensor         # (B, h, w) of "manipulated" against "genuine"
     probability: torch.Tensor    # (B, h, w) in [0, 1]
     score_logit: torch.Tensor    # (B,) of the whole picture
     text: torch.Tensor           # (B or 1, C, D) unit length
-    levels: list                 # [(B, N, Dv)] patch features at the chosen depths
+    stages: list                 # [(B, N, D)] patch features as each level joins, the last = map's
     edges: torch.Tensor          # (B, N) soft edges in [0, 1)
 
 
@@ -225,11 +225,13 @@ class ECPL(nn.Module):
         levels, features = clip_model.encode_patches(pixels, self.levels, self.dense, memo)
         edges = self.soft_edges(image, levels, h, w)                           # (B, N)
         text = self.text_features(clip_model, levels, edges, h, w)             # (B or 1, C, D)
+        stages = []                                                            # [(B, N, D)]
         for x, norm, gate in zip(levels, self.level_norms, self.level_gates):
             features = features + gate(norm(x))                                # (B, N, D)
+            stages.append(features)
         logits = self.similarity(features, text)                               # (B, N)
         grid = logits.view(-1, h, w)                                           # (B, h, w)
-        return Output(grid, grid.sigmoid(), pool_score(logits, self.rho), text, levels, edges)
+        return Output(grid, grid.sigmoid(), pool_score(logits, self.rho), text, stages, edges)
 
 
 # --------------------------------------------------------------------------------- map -> region
@@ -281,8 +283,8 @@ def demo():
         print("   ", " ".join(f"{100 * value:3.0f}" for value in row))
     with torch.no_grad():
         out = ecpl(model, image)
-    print(f"levels           {len(out.levels)} x {tuple(out.levels[0].shape)}   "
-          "patch features at three depths")
+    print(f"stages           {len(out.stages)} x {tuple(out.stages[0].shape)}   "
+          "patch features as three depths join")
     print(f"text features    {tuple(out.text.shape)}   "
           "one per class, of this picture's own prompts")
     print(f"map              {tuple(out.probability.shape)}   "

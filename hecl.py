@@ -4,9 +4,9 @@ Source: SAPL (arXiv 2601.06222): edge patches of both kinds are extracted and co
 dual queue. The paper's abstract gives neither the selection rule nor the loss; both are ours, see
 below. Used in training only.
 
-Shapes: B images, N patches, Dv image width, d contrast width, K patches of each kind (own, clean)
-taken of an image, A = B * 2K anchors, U of them usable, Q keys, W processes; class 0 genuine,
-1 manipulated.
+Shapes: B images, N patches, D width of their features, d contrast width, K patches of each kind
+(own, clean) taken of an image, A = B * 2K anchors, U of them usable, Q keys, W processes; class 0
+genuine, 1 manipulated.
 """
 import torch
 import torch.distributed as dist
@@ -104,9 +104,12 @@ def contrast(anchors, classes, weights, keys, key_classes, ignore, tau):
 
 
 class HECL(nn.Module):
-    """The loss at several levels of the image tower ("hierarchical"), each with its own queues.
+    """The loss at several levels ("hierarchical"), each with its own queues.
 
-    widths: Dv of each level. dim: d. queue: features kept a class and level; 0 = the batch alone.
+    SAPL gives it the patch features in CLIP's joint space, as one level of the image tower after
+    the other joins them (ours: what is contrasted is what the map is made of. The tower's own
+    features were of no use where it is frozen: their loss trained only the heads in here).
+    widths: D of each level. dim: d. queue: features kept a class and level; 0 = the batch alone.
     tau: temperature. share, top: see `select`. clean: weight of the `clean` patches of manipulated
     pictures, whose label "genuine" is a guess.
     """
@@ -118,11 +121,11 @@ class HECL(nn.Module):
         self.queues = nn.ModuleList(DualQueue(queue, dim) for _ in widths) if queue else None
 
     def forward(self, levels, edges, probability, labels):
-        """levels [(B, N, Dv)], edges, probability (B, N), labels (B,) in {0, 1} -> scalar >= 0.
+        """levels [(B, N, D)], edges, probability (B, N), labels (B,) in {0, 1} -> scalar >= 0.
 
         The batch is joined over processes first: from there on, B counts the pictures of all.
         """
-        levels = [join(x) for x in levels]                                     # [(B, N, Dv)]
+        levels = [join(x) for x in levels]                                     # [(B, N, D)]
         edges, probability, labels = map(join, (edges, probability, labels))   # (B, N) twice, (B,)
         own, clean = select(edges, probability.detach(), share=self.share, top=self.top)
         B, K = own.shape
@@ -137,7 +140,7 @@ class HECL(nn.Module):
         ignore |= (weights == 0)[None]  # nor are the `clean` patches of genuine pictures keys
         loss = 0
         for i, (x, head) in enumerate(zip(levels, self.heads)):
-            patches = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))  # (B, 2K, Dv)
+            patches = x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))  # (B, 2K, D)
             z = F.normalize(head(patches), dim=-1)                             # (B, 2K, d)
             anchors = z.flatten(0, 1)                                          # (A, d)
             keys, key_classes, skip = anchors, classes, ignore

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
 Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv, curves.png.
-Shapes: B pictures, N = h * w patches, Dv image width.
+Shapes: B pictures, N = h * w patches, D joint width.
 """
 import argparse, contextlib, copy, csv, dataclasses, functools, itertools, math, os, resource
 import signal, sys, time
@@ -221,11 +221,11 @@ class Objective(nn.Module):
         """image (B, 3, H, W) in [0, 1], labels (B,), ramp of HECL in [0, 1] -> (3,), see LOSSES."""
         output, K = self.model(tile(image, self.mosaic)), self.mosaic
         h, w = (side // K for side in output.logits.shape[1:])
-        x = *output.levels, output.edges, output.logits.flatten(1)
-        *levels, edges, logits = (untile(x.float(), K, h, w) for x in x)    # [(B, N, Dv)], (B, N)
+        x = *output.stages, output.edges, output.logits.flatten(1)
+        *stages, edges, logits = (untile(x.float(), K, h, w) for x in x)     # [(B, N, D)], (B, N)
         score = infer.ecpl.pool_score(logits, self.model.ecpl.rho)               # (B,)
         bce = F.binary_cross_entropy_with_logits(score, labels.float(), pos_weight=self.balance)
-        contrast = self.hecl(levels, edges, logits.sigmoid(), labels) if self.weight else 0 * bce
+        contrast = self.hecl(stages, edges, logits.sigmoid(), labels) if self.weight else 0 * bce
         return torch.stack([bce + self.weight * ramp * contrast, bce, contrast])
 
 
@@ -286,13 +286,17 @@ class Run:
         if config.recompute:
             for block in self.model.clip.visual.transformer.resblocks:
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        widths = [len(self.model.clip.visual.proj)] * len(self.model.ecpl.levels)
+        widths = [self.model.clip.visual.proj.shape[1]] * len(self.model.ecpl.levels)
         self.hecl = HECL(widths, queue=config.hecl_queue, tau=config.hecl_tau, dim=64, share=0.4,
                          top=4, clean=0.5).to(device).requires_grad_(config.hecl > 0)      # ours
         self.optimizer = torch.optim.AdamW(self.groups())
         if state:
+            try:
+                self.hecl.load_state_dict(state["hecl"])
+            except RuntimeError as error:
+                raise ValueError(f"{newest(config.out)} is of an older version with another HECL: "
+                                 "start anew with --init BEST.PT and another --out") from error
             self.optimizer.load_state_dict(state["optimizer"])
-            self.hecl.load_state_dict(state["hecl"])
             self.mean.load_state_dict(state["mean"], strict=False)
             self.now = state["now"]
             torch.set_rng_state(state["rng"])

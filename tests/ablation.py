@@ -5,8 +5,8 @@
 Each run trains one variant on synthetic manipulations of the photos (every eighth photo is held out
 and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train
 and is measured on SET/val. Image labels only; masks measure, they never train. Every variant has the
-same data, steps and seeds ("pairs beside the labels": twice the steps on the composites). Finished
-runs are kept in --out/runs.csv and not made again, so an interrupted ablation goes on, and several
+same data, steps and seeds (but "pairs beside the labels" and its control, "twice the steps": two
+times the steps on the composites). Finished runs are kept in --out/runs.csv and not made again, so an interrupted ablation goes on, and several
 may run side by side. Prints a Markdown table, and differences to the plain prompt seed by seed.
 """
 import argparse
@@ -30,7 +30,7 @@ import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 
 FIELDS = ("variant", "seed", "set", "n", "pixel_auc", "pixel_f1_best_global", "image_auc", "seconds")
-CORE = {     # these also go on to the composites
+VARIANTS = {
     "multiple instances, no text": {"prompts": "none", "hecl": 0.0},
     "plain learned prompt": {"prompts": "plain", "hecl": 0.0},
     "+ attention to patches (control)": {"prompts": "patches", "hecl": 0.0},
@@ -39,8 +39,7 @@ CORE = {     # these also go on to the composites
     "+ ECPL + HECL (SAPL)": {},
     "SAPL, tower frozen, no LoRA": {"tune": "none"},
     "SAPL, pairs beside the labels": {"pairs": 0.5},     # of the composites' genuine pictures
-}
-VARIANTS = CORE | {
+    "SAPL, twice the steps": {"epochs": 2},              # on the composites
     "SAPL, one level": {"levels": (6,)},
     "SAPL, vv attention": {"dense": "vv"},
     "SAPL, qq + kk attention": {"dense": "qqkk"},
@@ -89,17 +88,18 @@ def run(name, seed, args):
     began, (backbone, kept, held) = time.time(), prepare(args)
     out = args.out / f"{name}-{seed}".replace(" ", "_")
     shutil.rmtree(out, ignore_errors=True)
-    common = {"seed": seed, "epochs": 1, "workers": 0, "precision": args.precision,
-              "max_side": 256} | VARIANTS[name]
+    common = {"seed": seed, "workers": 0, "precision": args.precision,
+              "max_side": 256} | VARIANTS[name] | {"epochs": 1}
     first = train.train(train.Config(**{
         "synthesize": str(kept), "out": str(out / "a"), "clip": str(backbone), "size": 64,
         "count": args.count, "batch": 24, "lr": 1e-3, "val": 0.03, "zoom": 2} | common))
     rows = measure(name, seed, "synthetic", first, data.read_set(held)[0], began)
-    if name in CORE and args.composites:
+    if args.composites:
         folder, began = Path(args.composites), time.time()
         second = train.train(train.Config(**{
             "data": str(folder / "train"), "out": str(out / "b"), "init": str(first), "size": 128,
-            "batch": 16, "lr": 5e-4, "val": 0.1} | common))
+            "batch": 16, "lr": 5e-4, "val": 0.1} | common
+            | {"epochs": VARIANTS[name].get("epochs", 1)}))
         rows += measure(name, seed, "composites", second, data.read_set(folder / "val")[0][::2], began)
     shutil.rmtree(out)
     return rows

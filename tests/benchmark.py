@@ -205,7 +205,7 @@ def bench_train(device="auto"):
                 for block in tower.visual.transformer.resblocks:
                     for module, weight in ((block.attn, "in_proj_weight"), (block.attn.out_proj, "weight")):
                         parametrize.register_parametrization(module, weight, AddedLoRA(getattr(module, weight)))
-            loss = train.HECL([size["vision_width"]] * 3, dim=64, queue=1024, tau=0.1, share=0.4,
+            loss = train.HECL([size["embed_dim"]] * 3, dim=64, queue=1024, tau=0.1, share=0.4,
                               top=4, clean=0.5)
             used = dataclasses.replace(config, hecl=hecl)
             return train.Objective(model, loss, used, 1.0).to(device).train()

@@ -123,6 +123,16 @@ def test_gradients_reach_ecpl_and_nothing_of_clip(mini, prompts):
     assert silent == []
 
 
+def test_levels_join_stage_by_stage_up_to_the_features_of_the_map(mini):
+    model = ecpl.ECPL(mini, **SETTINGS).eval()
+    for gate in model.level_gates:
+        torch.nn.init.normal_(gate.weight, std=0.1)
+    out = model(mini, picture())
+    first, last = out.stages
+    assert not torch.allclose(first, last, atol=0.1)
+    assert torch.equal(model.similarity(last, out.text), out.logits.flatten(1))
+
+
 def test_prompts_follow_the_picture_once_trained(mini):
     model = ecpl.ECPL(mini, **SETTINGS).eval()
     torch.nn.init.normal_(model.learner.attention.out_proj.weight)

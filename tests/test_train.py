@@ -133,6 +133,24 @@ def test_calibration_survives_a_kill(reference, place):
     assert same(state(config, "best.pt"), state(reference, "best.pt"))
 
 
+@pytest.mark.parametrize("tune", ["none", "lora"])
+def test_hecl_trains_every_level_of_the_map(place, tune):
+    """On a frozen tower too: its own features have no gradient, the gates that join them have."""
+    run = train.Run(settings(place, "reach", tune=tune))
+    objective = train.Objective(run.model, run.hecl, run.config, 1.0)
+    objective(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]), 1.0)[2].backward()
+    assert all(gate.weight.grad.abs().sum() > 0 for gate in run.model.ecpl.level_gates)
+
+
+def test_a_run_with_another_hecl_is_not_resumed(place, reference):
+    shutil.copytree(reference.out, place / "old")
+    old = state(reference)
+    old["hecl"]["heads.0.weight"] = torch.zeros(64, 7)
+    torch.save(old, place / "old" / "last.pt")
+    with pytest.raises(ValueError, match="older version with another HECL.*--init"):
+        train.train(Config(out=str(place / "old"), resume=True))
+
+
 def test_unreadable_masks_change_nothing(place, reference):
     shutil.copytree(place / "set", place / "masked")
     (place / "masked" / "mask").mkdir()
