@@ -6,8 +6,9 @@ Each run trains one variant on synthetic manipulations of the photos (every eigh
 and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train
 and is measured on SET/val. Image labels only; masks measure, they never train. Every variant has the
 same data, steps and seeds (but "pairs beside the labels" and its control, "twice the steps": two
-times the steps on the composites). Finished runs are kept in --out/runs.csv and not made again, so an interrupted ablation goes on, and several
-may run side by side. Prints a Markdown table, and differences to the plain prompt seed by seed.
+times the steps on the composites). Finished runs are kept in --out/runs.csv and not made again, so an
+interrupted ablation goes on, and several may run side by side. Prints two Markdown tables: means, and
+differences seed by seed.
 """
 import argparse
 import contextlib
@@ -30,13 +31,14 @@ import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 
 FIELDS = ("variant", "seed", "set", "n", "pixel_auc", "pixel_f1_best_global", "image_auc", "seconds")
+PLAIN, WHOLE = "plain learned prompt", "+ ECPL + HECL (SAPL)"
 VARIANTS = {
     "multiple instances, no text": {"prompts": "none", "hecl": 0.0},
-    "plain learned prompt": {"prompts": "plain", "hecl": 0.0},
+    PLAIN: {"prompts": "plain", "hecl": 0.0},
     "+ attention to patches (control)": {"prompts": "patches", "hecl": 0.0},
     "+ ECPL": {"hecl": 0.0},
     "+ HECL": {"prompts": "plain"},
-    "+ ECPL + HECL (SAPL)": {},
+    WHOLE: {},
     "SAPL, tower frozen, no LoRA": {"tune": "none"},
     "SAPL, pairs beside the labels": {"pairs": 0.5},     # of the composites' genuine pictures
     "SAPL, twice the steps": {"epochs": 2},              # on the composites
@@ -123,17 +125,26 @@ def table(rows):
         print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
 
 
-def differences(rows, base="plain learned prompt"):
-    """Print what each variant has more than the base with the same seed, mean +- deviation."""
+def differences(rows):
+    """Print what the parts bring to the plain prompt and the changes ("SAPL, ..") to SAPL: mean +-
+    deviation of the differences between runs with the same seed, from which the seeds' own
+    differences are gone."""
     found = {(row["variant"], row["set"], row["seed"]): row for row in rows if row["image_auc"]}
-    print(f"\ndifference to {base}, by seed:")
-    for name, s in dict.fromkeys(key[:2] for key in found):
-        pairs = [(found[name, s, seed], found[base, s, seed]) for *key, seed in found
-                 if key == [name, s] and (base, s, seed) in found]
-        for metric in ("pixel_auc", "image_auc") if name != base and len(pairs) > 1 else ():
-            values = [float(a[metric]) - float(b[metric]) for a, b in pairs]
-            print(f"{name}, {s}, {metric}: {statistics.mean(values):+.3f} ± "
-                  f"{statistics.stdev(values):.3f} ({len(values)} seeds)")
+    sets, seeds = (sorted({key[i] for key in found}, reverse=i == 1) for i in (1, 2))
+    print("\n| difference | to | " + " | ".join(f"{s}: pixel AUC / image AUC" for s in sets) + " |")
+    print("|---" * (2 + len(sets)) + "|")
+    for name in VARIANTS:
+        base = WHOLE if name.startswith("SAPL,") else PLAIN
+        cells = []
+        for s in sets if name != base else ():
+            pairs = [(found[name, s, seed], found[base, s, seed]) for seed in seeds
+                     if (name, s, seed) in found and (base, s, seed) in found]
+            values = [[float(a[metric]) - float(b[metric]) for a, b in pairs]
+                      for metric in ("pixel_auc", "image_auc")]
+            cells.append(" / ".join(f"{statistics.mean(x):+.3f} ± {statistics.stdev(x):.3f}"
+                                    for x in values) if len(pairs) > 1 else "-")
+        if cells:
+            print(f"| {name} | {base} | " + " | ".join(cells) + " |")
 
 
 def main():

@@ -1,13 +1,16 @@
 """The numbers of the README's model card, with intervals, and the mean map. Run by hand.
 
     python tests/model_card.py --sets NAME=SET [NAME=SET ..] [--checkpoint FILE ..] [--figure PNG]
+                               [--processing GENUINE_PHOTOS]
 
 For every set and checkpoint (default: the shipped model) a row of the README's table, at the thresholds
 of the checkpoint, beside the trivial maps; 95 % bootstrap intervals over pictures. The figure is the
 mean map over the genuine pictures of all sets, each resized to 16 x 16: a model that has learned where
-manipulations usually lie, and not what they look like, would show a bright middle.
+manipulations usually lie, and not what they look like, would show a bright middle. --processing adds
+what each part of the map's processing brings, every time with a threshold set on these photos alone.
 """
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import data                                                     # noqa: E402 (path first)
 import infer                                                    # noqa: E402
+import train                                                    # noqa: E402
 
 COLUMNS = ("pixel_auc", "pixel_f1", "pixel_f1_best_global", "image_auc", "fp_area")
 
@@ -56,11 +60,34 @@ def mean_map(model, pictures):
     return torch.cat(small).mean(dim=(0, 1)).numpy()                           # (16, 16)
 
 
+def smooth(grid, radius):
+    """The last step of ecpl.regions alone: (B, h, w) -> the same."""
+    grid = F.pad(grid[:, None], (radius,) * 4, mode="replicate")               # (B, 1, h+2r, w+2r)
+    return F.avg_pool2d(grid, 2 * radius + 1, stride=1)[:, 0]                  # (B, h, w)
+
+
+def print_processing(model, photos, sets):
+    """Markdown rows of the map without processing, with each part of it, and with all."""
+    whole = infer.ecpl.regions
+    steps = {"as it is": lambda grid, radius: grid, "closed, filled": lambda grid, radius: whole(grid),
+             "smoothed": smooth, "closed, filled, smoothed": whole}
+    print("\n| set | processing | threshold | " + " | ".join(COLUMNS) + " |\n" + "|---" * 8 + "|")
+    for (name, pictures), (label, step) in itertools.product(sets.items(), steps.items()):
+        infer.ecpl.regions = step
+        train.set_thresholds(model, photos)
+        summary, _ = infer.evaluate(model, pictures, threshold=model.threshold,
+                                    score_threshold=model.score_threshold)
+        print(f"| {name} | {label} | {model.threshold:.3f} | "
+              + " | ".join(f"{summary[column]:.3f}" for column in COLUMNS) + " |", flush=True)
+    infer.ecpl.regions = whole
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sets", nargs="+", required=True, help="NAME=FOLDER or list, with labels")
     parser.add_argument("--checkpoint", nargs="*", default=[None], help="default: the shipped model")
     parser.add_argument("--figure", help="PNG for the mean map of the first checkpoint")
+    parser.add_argument("--processing", help="folder of genuine photos that trained nothing")
     args = parser.parse_args()
     sets = {name: data.read_set(path)[0] for name, path in (pair.split("=", 1) for pair in args.sets)}
     models = {str(path or "shipped model"): infer.SAPL.load(path) for path in args.checkpoint}
@@ -79,6 +106,9 @@ def main():
               f", correlation with a centred Gaussian {np.corrcoef(grid.ravel(), centre.ravel())[0, 1]:.2f}")
         heat = Image.fromarray((255 * grid + 0.5).astype(np.uint8))
         infer.colour(heat).resize((256, 256), Image.Resampling.NEAREST).save(args.figure)
+    if args.processing:
+        photos = sorted(Path(args.processing).iterdir())
+        print_processing(next(iter(models.values())), photos, sets)
 
 
 if __name__ == "__main__":
