@@ -71,14 +71,15 @@ WORD = 0.02                              # standard deviation of CLIP's word emb
 class PromptLearner(nn.Module):
     """Context tokens of both classes, shifted by what attention reads from the edge features.
 
-        G = e * sum over levels of W_l LayerNorm(dF_l)                edge-enhanced features
+        G = sum over levels of W_l LayerNorm(F_l + e * dF_l)          edge-enhanced features
         P = V + 0.02 * o(Attention(queries LayerNorm(V), keys and values G))
         prompt of class c = [start] P_c words_c [end]
 
-    V: the context tokens. 0.02: the spread of CLIP's word embeddings (ours: o then moves prompts
-    in steps of their own size). e: soft edges, dF_l: variation of the features at level l (in the
-    control of the ablation: e = 1, the features themselves). o starts at zero, so training starts
-    from P = V. Without `attend` it stays there: the plain learned prompt.
+    V: the context tokens. F_l: patch features at level l, dF_l: their variation, e: soft edges
+    (ours: features plus edges, as the ablation finds edges alone no better than no edges). 0.02:
+    the spread of CLIP's word embeddings (ours: o then moves prompts in steps of their own size). o
+    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain
+    learned prompt. What F_l + e * dF_l is replaced by in the ablation: see ECPL.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):
@@ -155,8 +156,10 @@ class ECPL(nn.Module):
 
     levels: blocks of the image tower, counted from 1. context: M. class_words: one phrase a class.
     edge_source: "image" or "features", where the soft edges come from.
-    prompts: "edges" the paper's; "patches" attention to plain patch features (the control of the
-    ablation); "plain" learned context alone; "none" two learned class vectors, no text at all.
+    prompts: what attention reads: "enhanced" patch features plus their variation along soft edges
+    (ECPL); "edges" that variation alone, e * LayerNorm(dF) (the shipped model); "patches" patch
+    features alone (the control of the ablation). "plain": it reads nothing, learned context alone;
+    "none": two learned class vectors, no text at all.
     dense: see clip.encode_patches. rho: see pool_score. zoom: the tower sees pictures enlarged so
     many times (ours: what betrays a manipulation is finer than a patch of CLIP's).
     """
@@ -168,7 +171,7 @@ class ECPL(nn.Module):
                  rho, zoom):
         super().__init__()
         assert edge_source in ("image", "features"), edge_source
-        assert prompts in ("edges", "patches", "plain", "none"), prompts
+        assert prompts in ("enhanced", "edges", "patches", "plain", "none"), prompts
         self.levels, self.edge_source, self.prompts = tuple(levels), edge_source, prompts
         self.dense, self.rho, self.zoom = dense, rho, zoom
         self.cell = clip_model.visual.patch_size // zoom     # a patch in pixels of the picture
@@ -202,10 +205,14 @@ class ECPL(nn.Module):
         """Unit text features of both classes: (B, C, D), or (1, C, D) if no picture is read."""
         if self.prompts == "none":
             return F.normalize(self.class_vectors, dim=-1)                     # (1, C, D)
+        if self.prompts in ("patches", "plain"):
+            return self.learner(clip_model, levels)                            # (B or 1, C, D)
+        variation = [feature_variation(x, h, w) for x in levels]               # [(B, N, Dv)]
         if self.prompts == "edges":
-            variation = [feature_variation(x, h, w) for x in levels]           # [(B, N, Dv)]
             return self.learner(clip_model, variation, edges)                  # (B, C, D)
-        return self.learner(clip_model, levels)                                # (B or 1, C, D)
+        e = edges[..., None]                                                   # (B, N, 1)
+        enhanced = [x + e * dx for x, dx in zip(levels, variation)]            # [(B, N, Dv)]
+        return self.learner(clip_model, enhanced)                              # (B, C, D)
 
     def similarity(self, features, text):
         """Patch logits: features (B, N, D), text (B or 1, C, D) of unit length -> (B, N)."""
@@ -273,7 +280,7 @@ def demo():
                       vision_patch_size=16, context_length=77, vocab_size=514, transformer_width=64,
                       transformer_layers=2).eval()
     ecpl = ECPL(model, levels=(1, 2, 3), context=4, class_words=CLASSES, edge_source="image",
-                prompts="edges", dense="plain", rho=0.1, zoom=1)
+                prompts="enhanced", dense="plain", rho=0.1, zoom=1)
     edge = soft_edges(image)
     print(f"image            {tuple(image.shape)}   "
           "a smooth ramp with a noisy square pasted at 40..88")

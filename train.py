@@ -55,7 +55,8 @@ class Config:
     context: int = option(8, "learned context tokens of a prompt")
     class_words: tuple = option(("genuine", "manipulated"), "words that end the two prompts")
     edge_source: str = option("image", "where soft edges come from", "image", "features")
-    prompts: str = option("edges", "what shapes prompts", "edges", "patches", "plain", "none")
+    prompts: str = option("enhanced", "what shapes prompts", "enhanced", "edges", "patches",
+                          "plain", "none")
     dense: str = option("plain", "attention of the last block", "plain", "vv", "qqkk")
     rho: float = option(0.1, "share of the patches that make the image score")
     zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")

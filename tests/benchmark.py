@@ -151,7 +151,7 @@ def bench_infer(checkpoint=None):
         tower = clip.CLIP(embed_dim=192, image_resolution=224, vision_layers=6, vision_width=192, context_length=77,
                           vision_patch_size=16, vocab_size=514, transformer_width=192, transformer_layers=3)
         model = infer.SAPL(tower, dict(levels=(2, 4, 6), context=8, class_words=("ge", "ma"), edge_source="image",
-                                       prompts="edges", dense="plain", rho=0.1, zoom=1, tune="none", max_side=1024)).eval()
+                                       prompts="enhanced", dense="plain", rho=0.1, zoom=1, tune="none", max_side=1024)).eval()
     device = model.ecpl.bias.device
     print(f"\nInference on {device}, {torch.get_num_threads()} threads, views of at most {model.config['max_side']}")
     photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)

@@ -7,7 +7,7 @@ import clip
 import ecpl
 
 SETTINGS = dict(levels=(1, 2), context=4, class_words=ecpl.CLASSES, edge_source="image",
-                prompts="edges", dense="plain", rho=0.1, zoom=1)
+                prompts="enhanced", dense="plain", rho=0.1, zoom=1)
 
 
 def picture(B=2, side=64):
@@ -63,6 +63,16 @@ def test_flat_patches_say_nothing_to_the_prompts(mini):
     assert not torch.allclose(model.learner(mini, features, weight + 0.5), quiet, atol=1e-3)
 
 
+def test_enhanced_features_are_the_features_where_there_are_no_edges(mini):
+    model = ecpl.ECPL(mini, **SETTINGS).eval()
+    torch.nn.init.normal_(model.learner.attention.out_proj.weight, std=1 / ecpl.WORD)
+    levels = [torch.randn(2, 16, 64) for _ in range(2)]
+    quiet, loud = (model.text_features(mini, levels, edges, 4, 4)
+                   for edges in (torch.zeros(2, 16), torch.rand(2, 16)))
+    assert torch.equal(quiet, model.learner(mini, levels))
+    assert not torch.allclose(quiet, loud, atol=1e-3)
+
+
 def test_feature_variation_is_large_only_at_the_boundary():
     features = torch.zeros(1, 36, 5)
     features.view(1, 6, 6, 5)[:, :, 3:] = 1
@@ -107,7 +117,7 @@ def test_text_features_equal_the_tower_on_the_full_77_tokens(mini):
         assert torch.allclose(F.normalize(reference, dim=-1), text[:, c], atol=1e-5)
 
 
-@pytest.mark.parametrize("prompts", ["edges", "patches", "plain", "none"])
+@pytest.mark.parametrize("prompts", ["enhanced", "edges", "patches", "plain", "none"])
 def test_gradients_reach_ecpl_and_nothing_of_clip(mini, prompts):
     mini.requires_grad_(False)
     model = ecpl.ECPL(mini, **SETTINGS | {"prompts": prompts})
