@@ -76,10 +76,10 @@ class PromptLearner(nn.Module):
         prompt of class c = [start] P_c words_c [end]
 
     V: the context tokens. F_l: patch features at level l, dF_l: their variation, e: soft edges
-    (ours: features plus edges, as the ablation finds edges alone no better than no edges). 0.02:
-    the spread of CLIP's word embeddings (ours: o then moves prompts in steps of their own size). o
-    starts at zero, so training starts from P = V. Without `attend` it stays there: the plain
-    learned prompt. What F_l + e * dF_l is replaced by in the ablation: see ECPL.
+    (ours: in the ablation, prompts that read edges alone were no better than prompts that read no
+    picture). 0.02: the spread of CLIP's word embeddings (ours: o then moves prompts in steps of
+    their own size). o starts at zero, so training starts from P = V. Without `attend` it stays
+    there: the plain learned prompt. What else may stand for F_l + e * dF_l: see ECPL.
     """
 
     def __init__(self, clip_model, *, levels, context, class_words, attend):
@@ -248,13 +248,19 @@ def spread(x, height, width):
     return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
 
 
+def smooth(x, radius):
+    """Mean over a square of 2 * radius + 1 cells: (B, h, w) -> the same; radius 0: x itself."""
+    x = F.pad(x[:, None], (radius,) * 4, mode="replicate")                     # (B, 1, h+2r, w+2r)
+    return F.avg_pool2d(x, 2 * radius + 1, stride=1)[:, 0]                     # (B, h, w)
+
+
 def regions(probability, reach=1, radius=0):
     """Close gaps in a responding boundary, fill what it encloses: (B, h, w) in [0, 1] -> the same.
 
     The paper derives the mask by processing the similarity map; the form is ours: a grey closing
     with a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the
     lowest value that a way from it to the border must cross. Both lower no value and leave a flat
-    map as it is. Last comes a mean over a square of 2 * radius + 1 patches; radius 0: none.
+    map as it is. Last comes `smooth`.
     """
     x, size = probability[:, None], 2 * reach + 1                              # (B, 1, h, w)
     closed = torch.maximum(-spread(-spread(x, size, size), size, size), x)
@@ -267,8 +273,7 @@ def regions(probability, reach=1, radius=0):
         if torch.equal(lower, level):
             break
         level = lower
-    level = F.pad(level, (radius,) * 4, mode="replicate")                      # (B, 1, h+2r, w+2r)
-    return F.avg_pool2d(level, 2 * radius + 1, stride=1)[:, 0]                 # (B, h, w)
+    return smooth(level[:, 0], radius)                                         # (B, h, w)
 
 
 def demo():

@@ -94,18 +94,18 @@ def run(name, seed, args):
     began, (backbone, kept, held) = time.time(), prepare(args)
     out = args.out / f"{name}-{seed}".replace(" ", "_")
     shutil.rmtree(out, ignore_errors=True)
-    common = {"seed": seed, "workers": 0, "precision": args.precision,
-              "max_side": 256} | VARIANTS[name] | {"epochs": 1}
+    common = {"seed": seed, "epochs": 1, "workers": 0, "precision": args.precision,
+              "max_side": 256} | VARIANTS[name]
     first = train.train(train.Config(**{
         "synthesize": str(kept), "out": str(out / "a"), "clip": str(backbone), "size": 64,
-        "count": args.count, "batch": 24, "lr": 1e-3, "val": 0.03, "zoom": 2} | common))
+        "count": args.count, "batch": 24, "lr": 1e-3, "val": 0.03, "zoom": 2} | common
+        | {"epochs": 1}))
     rows = measure(name, seed, "synthetic", first, data.read_set(held)[0], began)
     if args.composites:
         folder, began = Path(args.composites), time.time()
         second = train.train(train.Config(**{
             "data": str(folder / "train"), "out": str(out / "b"), "init": str(first), "size": 128,
-            "batch": 16, "lr": 5e-4, "val": 0.1} | common
-            | {"epochs": VARIANTS[name].get("epochs", 1)}))
+            "batch": 16, "lr": 5e-4, "val": 0.1} | common))
         rows += measure(name, seed, "composites", second, data.read_set(folder / "val")[0][::2], began)
     shutil.rmtree(out)
     return rows

@@ -60,17 +60,11 @@ def mean_map(model, pictures):
     return torch.cat(small).mean(dim=(0, 1)).numpy()                           # (16, 16)
 
 
-def smooth(grid, radius):
-    """The last step of ecpl.regions alone: (B, h, w) -> the same."""
-    grid = F.pad(grid[:, None], (radius,) * 4, mode="replicate")               # (B, 1, h+2r, w+2r)
-    return F.avg_pool2d(grid, 2 * radius + 1, stride=1)[:, 0]                  # (B, h, w)
-
-
 def print_processing(model, photos, sets):
     """Markdown rows of the map without processing, with each part of it, and with all."""
     whole = infer.ecpl.regions
     steps = {"as it is": lambda grid, radius: grid, "closed, filled": lambda grid, radius: whole(grid),
-             "smoothed": smooth, "closed, filled, smoothed": whole}
+             "smoothed": infer.ecpl.smooth, "closed, filled, smoothed": whole}
     print("\n| set | processing | threshold | " + " | ".join(COLUMNS) + " |\n" + "|---" * 8 + "|")
     for (name, pictures), (label, step) in itertools.product(sets.items(), steps.items()):
         infer.ecpl.regions = step
