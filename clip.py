@@ -1,32 +1,36 @@
 """CLIP from scratch: two towers that put pictures and sentences into one space.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); the
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The
 parameters have OpenAI's names, so that their official weights load as they are.
-Shapes: B images, N patches (N = h * w), D joint width, Dv image width, Dt text width, L tokens.
+Reading order: tokenizer -> towers -> LoRA -> files of weights -> a lesson (`python clip.py`).
+
+Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
 """
 import gzip
 import hashlib
 import html
+import http.client
 import io
 import math
 import os
 import pickle
 import pickletools
-import struct
+import shutil
 import sys
-import time
 import urllib.request
 import zipfile
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from functools import lru_cache
-from http.client import HTTPException
 from pathlib import Path
+from typing import NamedTuple
 
 import ftfy
+import numpy as np
 import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)   # of OpenAI's training pictures, RGB
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -35,20 +39,22 @@ OFFICIAL = {                                 # SHA-256 of <name with dashes>.pt
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"}
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
 VOCABULARY = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-CACHE = Path("~/.cache/clip").expanduser()   # OpenAI's own program keeps the same files there
 TINY = Path(__file__).with_name("weights") / "tiny.pt"
 
 
 def normalize(image):
     """CLIP's input normalisation. image (B, 3, H, W) in [0, 1] -> pixels (B, 3, H, W)."""
-    mean, std = image.new_tensor(MEAN).view(3, 1, 1), image.new_tensor(STD).view(3, 1, 1)
+    mean = image.new_tensor(MEAN).view(3, 1, 1)                                # (3, 1, 1)
+    std = image.new_tensor(STD).view(3, 1, 1)                                  # (3, 1, 1)
     return (image - mean) / std
 
 
 # ------------------------------------------------------------------------------------- tokenizer
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -57,273 +63,324 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
 @lru_cache
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
-    Ids: 256 bytes, 256 bytes that end a word ("a</w>"), `vocab_size - 514` merges (only they need
-    the vocabulary file; OSError if it cannot be had), start, end."""
 
-    def __init__(self, vocab_size, cache=None):
+    Ids, in this order: 256 bytes, the same 256 bytes where they end a word ("a</w>"), merges of two
+    symbols, start, end. Only merges need the vocabulary file, so 514 ids work without it.
+    Raises OSError if the file is needed and cannot be had.
+    """
+
+    def __init__(self, vocab_size):
         merges = []                                      # pairs of symbols, first learned first
         if vocab_size > 514:
-            with gzip.open(fetch(VOCABULARY, VOCABULARY_SHA256, cache), "rt", encoding="utf8") as f:
-                merges = [tuple(line.split()) for line in [*f][1:vocab_size - 513]]
+            with gzip.open(fetch(VOCABULARY, VOCABULARY_SHA256), "rt", encoding="utf8") as file:
+                lines = file.read().split("\n")
+            merges = [tuple(line.split()) for line in lines[1:vocab_size - 513]]
+
+        # Each byte is shown as one letter; bytes without a visible one get chr(256), chr(257), ..
         visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        hidden = [byte for byte in range(256) if byte not in visible]    # shown as chr(256), ..
-        letters = [*map(chr, visible), *map(chr, range(256, 256 + len(hidden)))]
-        symbols = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        letters = [chr(byte) for byte in visible]
+        letters += [chr(256 + i) for i in range(len(hidden))]
         self.letters = dict(zip(visible + hidden, letters))
-        self.ids = {symbol: i for i, symbol in enumerate(symbols + [START, END])}
+
+        symbols = letters + [letter + "</w>" for letter in letters]
+        symbols += ["".join(pair) for pair in merges]
+        symbols += [START, END]
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word):
         """The symbols of a word: of all neighbours that can merge, those learned first, again."""
+        if word in (START, END):
+            return [word]
         symbols = [self.letters[byte] for byte in word.encode()]
         symbols[-1] += "</w>"
-        while word not in (START, END):
+
+        while True:
             ranks = [self.ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
-            if min(ranks, default=math.inf) == math.inf:
+            first = min(ranks, default=math.inf)
+            if first == math.inf:
                 return symbols
-            i = ranks.index(min(ranks))
+            i = ranks.index(first)
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
-        return [word]
 
     def pieces(self, text):
         """The symbols of any text; mojibake and HTML entities are repaired first."""
-        text = html.unescape(html.unescape(ftfy.fix_text(text))).strip().lower()
-        return [START, *(piece for word in WORD.findall(text) for piece in self.split(word)), END]
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        symbols = [START]
+        for word in WORD.findall(text.strip().lower()):
+            symbols += self.split(word)
+        return symbols + [END]
 
 
-def tokenize(texts, context_length=77, vocab_size=49408, truncate=False, cache=None):
-    """A text or a list of B texts -> OpenAI's token ids (B, context_length) long, zeros at the end.
-    ValueError for too long a text, which `truncate` cuts before its end token instead."""
-    tokenizer, texts = Tokenizer(vocab_size, cache), [texts] if isinstance(texts, str) else texts
-    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
+def tokenize(texts, context_length=77, vocab_size=49408, truncate=False):
+    """A text or a list of B texts -> OpenAI's token ids (B, context_length), zeros at the end.
+
+    Raises ValueError for too long a text, which `truncate` cuts before its end token instead.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    tokenizer = Tokenizer(vocab_size)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.long)         # (B, L)
+
     for row, text in zip(tokens, texts):
         ids = [tokenizer.ids[symbol] for symbol in tokenizer.pieces(text)]
-        if len(ids) > context_length and not truncate:
-            raise ValueError(f"{len(ids)} tokens, at most {context_length} fit: cut {text!r:.60}")
-        ids[context_length - 1:-1] = []
+        if len(ids) > context_length:
+            if not truncate:
+                raise ValueError(f"found {len(ids)} tokens, expected {context_length} at most: "
+                                 f"shorten {text!r:.60}")
+            ids = ids[:context_length - 1] + ids[-1:]
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
 
 # ---------------------------------------------------------------------------------------- towers
-def noise(*shape, std):
-    """A random parameter. Ours: uniform, as `build` would load torch's normal ones for a second."""
-    return nn.Parameter(torch.empty(shape).uniform_(-std * 3 ** 0.5, std * 3 ** 0.5))
+
+def random_weight(*shape, std):
+    """A new parameter. Ours: uniform, because torch's normal numbers take a second for a CLIP."""
+    bound = std * 3 ** 0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
 class LoRA(nn.Module):
     """A trainable change of low rank beside a frozen linear map, alpha / rank * B A x (Hu et al.
     2021). Beside it, because a weight that it were added to would need a gradient of its own."""
+
     def __init__(self, weight, rank, alpha):
         super().__init__()
+        rows, columns = weight.shape
         self.scale = alpha / rank
-        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]).normal_(std=rank ** -0.5))
-        self.B = nn.Parameter(weight.new_zeros(len(weight), rank))             # no change at first
+        self.A = nn.Parameter(weight.new_empty(rank, columns).normal_(std=rank ** -0.5))
+        self.B = nn.Parameter(weight.new_zeros(rows, rank))                    # no change at first
 
     def forward(self, x):
         return self.scale * F.linear(F.linear(x, self.A), self.B)              # (.., rows)
 
 
-class Linear(nn.Linear):
-    """A linear map with room for LoRA."""
-    def __init__(self, columns, rows):
-        super().__init__(columns, rows)
-        self.lora = None
-
-    def forward(self, x):
-        y = super().forward(x)                                                 # (.., rows)
-        return y + self.lora(x) if self.lora else y
+def attend(q, k, v, causal):
+    """Scaled dot-product attention: q, k, v (B, heads, L, d) -> (B, heads, L, d)."""
+    # PyTorch's fused form is made for GPUs: on a CPU, in bfloat16, it takes 2 to 5 times as long.
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                     # (B, heads, L, L)
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)       # (L, L)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores.softmax(dim=-1) @ v                                          # (B, heads, L, d)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
+
     def __init__(self, width, causal):
         super().__init__()
-        self.heads, self.causal = max(1, width // 64), causal
-        self.in_proj_weight = noise(3 * width, width, std=width ** -0.5)
+        self.heads = max(1, width // 64)
+        self.causal = causal
+        self.in_proj_weight = random_weight(3 * width, width, std=width ** -0.5)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-        self.lora = None                                                       # beside in_proj
+        self.out_proj = nn.Linear(width, width)
+        self.lora = None                                 # beside in_proj, see `add_lora`
 
-    def forward(self, x, dense="plain"):
-        """x (B, L, D) -> (B, L, D). dense: "plain", "vv" or "qqkk" (see `encode_patches`)."""
+    def forward(self, x):
+        """x (B, L, D) -> (B, L, D)."""
         B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
-        qkv = qkv + self.lora(x) if self.lora else qkv
+        if self.lora is not None:
+            qkv = qkv + self.lora(x)
         qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()                          # (B, heads, L, d)
-        pairs = {"plain": [(q, k)], "vv": [(v, v)], "qqkk": [(q, q), (k, k)]}[dense]
-        x = [F.scaled_dot_product_attention(a, b, v, is_causal=self.causal) for a, b in pairs]
-        x = x[0] if len(x) == 1 else (x[0] + x[1]) / 2                         # (B, heads, L, d)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))               # (B, L, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                      # (B, heads, L, d)
+
+        heads = attend(q, k, v, self.causal)                                   # (B, heads, L, d)
+        return self.out_proj(heads.transpose(1, 2).reshape(B, L, D))           # (B, L, D)
+
+
+class MLP(nn.Module):
+    """Two linear maps with OpenAI's cheap GELU between: h * sigmoid(1.702 h)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        """x (B, L, D) -> (B, L, D)."""
+        # The same as silu(1.702 h) / 1.702; both factors go into the weights, which are small.
+        fc, proj = self.c_fc, self.c_proj
+        hidden = F.silu(F.linear(x, 1.702 * fc.weight, 1.702 * fc.bias))       # (B, L, 4D)
+        return F.linear(hidden, proj.weight / 1.702, proj.bias)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Attention, then a two-layer perceptron, each on normalised input and added back."""
+    """Attention, then the perceptron, each on normalised input and added back."""
+
     def __init__(self, width, causal):
         super().__init__()
         self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict(dict(c_fc=Linear(width, 4 * width),
-                                      c_proj=Linear(4 * width, width)))
+        self.mlp = MLP(width)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
-        hidden = self.mlp["c_fc"](self.ln_2(x))                                   # (B, L, 4D)
-        hidden = hidden * (1.702 * hidden).sigmoid_()                          # OpenAI's cheap GELU
-        return x + self.mlp["c_proj"](hidden)
+        return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Sequential):
+    """Blocks one after the other: x (B, L, D) -> (B, L, D)."""
+
     def __init__(self, width, layers, causal=False):
-        blocks = (ResidualAttentionBlock(width, causal) for _ in range(layers))
+        blocks = [ResidualAttentionBlock(width, causal) for _ in range(layers)]
         super().__init__(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
 class Stem(nn.Sequential):
     """Ours, not OpenAI's: a second eye, stride-2 convolutions on what a small blur takes away.
+
     Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
-    sees. Added to it, from zero at first. Only the shipped tiny model has a stem."""
+    sees. Added to it, from zero at first. Only the shipped tiny model has a stem.
+    """
+
     def __init__(self, channels, width):
-        layers = []
-        for inner, out in zip((3, *channels), (*channels, width)):
-            k = 3 if layers else 5
-            layers += [nn.Conv2d(inner, out, k, stride=2, padding=k // 2), nn.GELU()]
-        super().__init__(*layers[:-1])
+        layers = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
+        for inner, outer in zip(channels, (*channels[1:], width)):
+            layers += [nn.GELU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
+        super().__init__(*layers)
         nn.init.zeros_(self[-1].weight)
         nn.init.zeros_(self[-1].bias)
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
-        blur = pixels.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]).div(16).expand(3, 1, 3, 3)
+        blur = pixels.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16       # (3, 3)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)          # faster
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        residual = pixels - F.conv2d(padded, blur, groups=3)                   # (B, 3, H, W)
-        return super().forward((8 * residual).tanh())  # ours: 8, so noise counts and edges saturate
+        smooth = F.conv2d(padded, blur.expand(3, 1, 3, 3), groups=3)           # (B, 3, H, W)
+        residual = 8 * (pixels - smooth)         # ours: 8, so that noise counts and edges saturate
+        return super().forward(residual.tanh())
 
 
 class VisionTransformer(nn.Module):
     """The image tower. Any input whose sides are multiples of `patch_size` (in pixels)."""
+
     def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
+        tokens = (resolution // patch_size) ** 2 + 1
         self.patch_size = patch_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.stem = Stem(stem, width) if stem else None
-        scale, tokens = width ** -0.5, (resolution // patch_size) ** 2 + 1
-        self.class_embedding = noise(width, std=scale)
-        self.positional_embedding = noise(tokens, width, std=scale)
+        self.class_embedding = random_weight(width, std=width ** -0.5)
+        self.positional_embedding = random_weight(tokens, width, std=width ** -0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = noise(width, embed_dim, std=scale)
+        self.proj = random_weight(width, embed_dim, std=width ** -0.5)
 
     def grid(self, pixels):
         """(h, w), rows and columns of patches, of pixels (B, 3, H, W), or ValueError."""
-        (H, W), p = pixels.shape[-2:], self.patch_size
-        if H % p or W % p or not H or not W:
-            raise ValueError(f"image of {H}x{W} pixels, expected multiples of {p}: resize it")
+        p = self.patch_size
+        H, W = pixels.shape[-2:]
+        if min(H, W) < p or H % p or W % p:
+            raise ValueError(f"found an image of {H}x{W} pixels, expected multiples of {p}: "
+                             "resize it")
         return H // p, W // p
 
     def positions(self, h, w):
-        """The position embedding for an (h, w) grid: (1, 1 + N, Dv), a new tensor."""
-        side, grid = math.isqrt(len(self.positional_embedding)), self.positional_embedding[1:]
-        if (h, w) != (side, side):
-            grid = grid.T.reshape(1, -1, side, side)                           # (1, Dv, side, side)
-            grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
-            grid = grid.flatten(2)[0].T                                        # (N, Dv)
-        return torch.cat([self.positional_embedding[:1], grid])[None]          # (1, 1 + N, Dv)
+        """The position embedding for an (h, w) grid: (1, 1 + N, Dv)."""
+        own = self.positional_embedding                                        # (1 + side^2, Dv)
+        side = math.isqrt(len(own))
+        if (h, w) == (side, side):
+            return own[None]                                                   # (1, 1 + N, Dv)
+        grid = own[1:].T.reshape(1, -1, side, side)                            # (1, Dv, side, side)
+        grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
+        return torch.cat([own[:1], grid.flatten(2)[0].T])[None]                # (1, 1 + N, Dv)
 
     def embed(self, pixels):
         """pixels (B, 3, H, W) -> tokens before the first block (B, 1 + N, Dv), class first."""
         h, w = self.grid(pixels)
         x = self.conv1(pixels)                                                 # (B, Dv, h, w)
-        x = (x + self.stem(pixels) if self.stem else x).flatten(2).transpose(1, 2)     # (B, N, Dv)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1)  # (B, 1 + N, Dv)
-        return self.ln_pre(x + self.positions(h, w))
+        if self.stem is not None:
+            x = x + self.stem(pixels)
+        x = x.flatten(2).transpose(1, 2)                                       # (B, N, Dv)
+        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)         # (B, 1, Dv)
+        x = torch.cat([first, x], dim=1)                                       # (B, 1 + N, Dv)
+        # Under autocast the convolution's answer is half as long a number: the blocks stay at it.
+        return self.ln_pre(x + self.positions(h, w).to(x.dtype)).to(x.dtype)
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D)."""
-        x = self.transformer(self.embed(pixels))
+        x = self.transformer(self.embed(pixels))                               # (B, 1 + N, Dv)
         return self.ln_post(x[:, 0]) @ self.proj                               # (B, D)
-
-
-def is_trained(module):
-    """Whether training changes any weight of a module."""
-    return any(p.requires_grad for p in module.parameters())
 
 
 class CLIP(nn.Module):
     """Both towers. Sizes as in OpenAI's configuration; `stem` is ours (see Stem)."""
+
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
                  vision_patch_size, context_length, vocab_size, transformer_width,
                  transformer_layers, stem=()):
         super().__init__()
-        self.context_length, width = context_length, transformer_width
+        width = transformer_width
+        self.context_length = context_length
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim, stem)
         self.transformer = Transformer(width, transformer_layers, causal=True)
-        words = noise(vocab_size, width, std=0.02)
+        words = random_weight(vocab_size, width, std=0.02)
         self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
-        self.positional_embedding = noise(context_length, width, std=0.01)
+        self.positional_embedding = random_weight(context_length, width, std=0.01)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = noise(width, embed_dim, std=width ** -0.5)
+        self.text_projection = random_weight(width, embed_dim, std=width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
         return self.visual(pixels)
 
-    def encode_patches(self, pixels, levels=(), dense="plain", memo=None):
-        """Patch tokens [(B, N, Dv)] after the blocks `levels` (from 1), dense features (B, N, D).
-        dense: attention in the last block, for features that stay with their patch. "plain":
-        OpenAI's; "vv": values attend to values (MaskCLIP, Zhou et al. 2022); "qqkk": mean of
-        query-query and key-key (SCLIP, Wang et al. 2023; ExCEL 2025). Both leave out the block's
-        residual and perceptron (ClearCLIP, Lan et al. 2024). Sides are multiples of the patch.
-        memo: a dict, empty at first, that keeps the tokens that no training changes: the next call
-        with it, for the same pixels and settings, starts after them."""
+    def encode_patches(self, pixels, levels=()):
+        """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1), [(B, N, Dv)], and
+        dense features (B, N, D): what CLIP makes of its class token, made of every patch."""
         blocks = self.visual.transformer.resblocks
-        if not all(1 <= level <= len(blocks) for level in levels):
-            raise ValueError(f"levels {levels}, expected numbers from 1 to {len(blocks)}")
-        found = dict(memo or {0: self.visual.embed(pixels)})                   # {0: (B, 1 + N, Dv)}
-        for i in range(max(found), len(blocks)):
-            x, block, own = found[i], blocks[i], dense == "plain" or i + 1 < len(blocks)
-            found[i + 1] = block(x) if own else block.attn(block.ln_1(x), dense)  # (B, 1 + N, Dv)
-        if memo == {} and not self.visual.conv1.weight.requires_grad:
-            trained = (i for i, block in enumerate(blocks) if is_trained(block))
-            frozen = next(trained, len(blocks))
-            memo.update({i: found[i] for i in {*levels, frozen} if i <= frozen})
-        features = self.visual.ln_post(found[len(blocks)][:, 1:]) @ self.visual.proj  # (B, N, D)
-        return [found[level][:, 1:] for level in levels], features
+        for level in levels:
+            if not 1 <= level <= len(blocks):
+                raise ValueError(f"found level {level}, expected a block from 1 to {len(blocks)}")
+
+        tokens = [self.visual.embed(pixels)]                                   # [(B, 1 + N, Dv)]
+        for block in blocks:
+            tokens.append(block(tokens[-1]))
+        features = self.visual.ln_post(tokens[-1][:, 1:]) @ self.visual.proj   # (B, N, D)
+        return [tokens[level][:, 1:] for level in levels], features
 
     def encode_prompts(self, embeddings, end):
         """Prompt embeddings (B, L, Dt) of any length -> text features (B, D), not normalised.
-        end: (B,) or int, the place of the end token; what follows it changes nothing (causal)."""
+
+        end: (B,) or int, the place of the end token; what follows it changes nothing (causal).
+        """
         positions = self.positional_embedding[:embeddings.shape[1]]            # (L, Dt)
         x = self.transformer(embeddings + positions)                           # (B, L, Dt)
         x = x[torch.arange(len(x), device=x.device), end]                      # (B, Dt)
         return self.ln_final(x) @ self.text_projection                         # (B, D)
 
     def encode_text(self, tokens):
-        """Token ids (B, L) -> text features (B, D), not normalised; the highest id is the end."""
-        return self.encode_prompts(self.token_embedding(tokens), tokens.argmax(dim=-1))
+        """Token ids (B, L) -> text features (B, D), not normalised."""
+        end = tokens.argmax(dim=-1)                      # the end token has the highest id of all
+        return self.encode_prompts(self.token_embedding(tokens), end)
 
     def forward(self, pixels, tokens):
         """Cosines times the temperature: (logits per image (B, T), logits per text (T, B))."""
-        image = F.normalize(self.encode_image(pixels), dim=-1)
-        text = F.normalize(self.encode_text(tokens), dim=-1)
+        image = F.normalize(self.encode_image(pixels), dim=-1)                 # (B, D)
+        text = F.normalize(self.encode_text(tokens), dim=-1)                   # (T, D)
         logits = self.logit_scale.exp() * image @ text.T                       # (B, T)
         return logits, logits.T
 
 
-def add_lora(model, rank, alpha, targets=("in_proj", "out_proj")):
-    """Freeze a module and give the linear maps in it LoRA; returns the new parameters, a list.
-    targets: of "in_proj" (ours: one A for queries, keys, values), "out_proj", "c_fc", "c_proj"."""
+# ------------------------------------------------------------------------------------------ LoRA
+
+def add_lora(model, rank, alpha):
+    """Freeze a module and give the queries, keys and values of every attention in it LoRA, with
+    one A for all three [ours]; returns the new parameters, a list."""
+    model.requires_grad_(False)
     added = []
-    for path, module in list(model.requires_grad_(False).named_modules()):
-        joint = isinstance(module, Attention)
-        if ("in_proj" if joint else path.rpartition(".")[2]) in targets:
-            weight = module.in_proj_weight if joint else module.weight
-            module.lora = LoRA(weight.detach(), rank, alpha)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.lora = LoRA(module.in_proj_weight.detach(), rank, alpha)
             added += module.lora.parameters()
     return added
 
@@ -332,57 +389,78 @@ def add_lora(model, rank, alpha, targets=("in_proj", "out_proj")):
 def merge_lora(model):
     """Add the changes to the weights: the same outputs and keys as a model without LoRA."""
     for module in model.modules():
-        if lora := getattr(module, "lora", None):
-            weight = module.in_proj_weight if isinstance(module, Attention) else module.weight
-            weight += lora.scale * lora.B @ lora.A                             # (rows, columns)
+        if isinstance(module, Attention) and module.lora is not None:
+            module.in_proj_weight += module.lora.scale * module.lora.B @ module.lora.A
             module.lora = None
 
 
 # ------------------------------------------------------------------------------ files of weights
-def build(state_dict, device="cpu", release=False):
+
+def sizes_of(shapes):
+    """{key: shape} of a state dict -> the arguments of `CLIP`."""
+    stem = [shape for key, shape in shapes.items()
+            if key.startswith("visual.stem.") and key.endswith(".weight")]
+    blocks = [key for key in shapes if key.endswith(".ln_1.weight")]
+    vision_layers = len([key for key in blocks if key.startswith("visual.")])
+    tokens, vision_width = shapes["visual.positional_embedding"]
+    patch = shapes["visual.conv1.weight"][-1]
+    vocab_size, transformer_width = shapes["token_embedding.weight"]
+    return dict(
+        embed_dim=shapes["text_projection"][1],
+        image_resolution=math.isqrt(tokens - 1) * patch,           # one token is the class
+        vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
+        context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
+        transformer_width=transformer_width, transformer_layers=len(blocks) - vision_layers,
+        stem=tuple(rows for rows, *_ in stem[:-1]))                # the last makes Dv
+
+
+def build(state_dict, device="cpu"):
     """A CLIP with these weights (OpenAI's keys), sizes inferred from them, fp32, in eval mode.
-    release: empty `state_dict` on the way, so that no weight is in memory twice.
-    ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity."""
-    shapes = {k: tuple(v.shape) for k, v in state_dict.items() if v.is_floating_point()}  # no notes
+
+    Raises ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity.
+    """
+    # OpenAI's archives also hold three whole numbers, notes of no use
+    shapes = {key: tuple(x.shape) for key, x in state_dict.items() if x.is_floating_point()}
     try:
-        stem = [f"visual.stem.{2 * i}.weight" for i in range(8)]
-        stem = tuple(shapes[key][0] for key in stem if key in shapes)[:-1]     # the last is Dv
-        blocks = [key for key in shapes if key.endswith(".ln_1.weight")][:99]
-        vision_layers = sum(key.startswith("visual.") for key in blocks)
-        patch = shapes["visual.conv1.weight"][-1]
-        side = math.isqrt(shapes["visual.positional_embedding"][0] - 1)        # without the class
-        vocab_size, transformer_width = shapes["token_embedding.weight"]
-        with torch.device("meta"):                                             # takes no memory
-            model = CLIP(
-                embed_dim=shapes["text_projection"][1], image_resolution=side * patch, stem=stem,
-                vision_layers=vision_layers, vision_width=shapes["visual.class_embedding"][0],
-                vision_patch_size=patch, context_length=shapes["positional_embedding"][0],
-                vocab_size=vocab_size, transformer_width=transformer_width,
-                transformer_layers=len(blocks) - vision_layers)
+        with torch.device("meta"):                                 # shapes alone, no memory
+            model = CLIP(**sizes_of(shapes))
     except (LookupError, ValueError, ArithmeticError) as error:
         raise ValueError(f"no CLIP with patches (a ResNet?), missing or odd: {error}") from error
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key in {**expected, **shapes}:
-        if (found := shapes.get(key, "none")) != (wanted := expected.get(key, "none")):
+
+    expected = {key: tuple(x.shape) for key, x in model.state_dict().items()}
+    for key in expected | shapes:
+        found = shapes.get(key, "none")
+        wanted = expected.get(key, "none")
+        if found != wanted:
             raise ValueError(f"not the weights of a CLIP: {key}: found {found}, expected {wanted}")
+
     model.to_empty(device=device)
     for key, weight in model.state_dict().items():
-        weight.copy_(state_dict.pop(key) if release else state_dict[key])
+        weight.copy_(state_dict[key])
         if not torch.stack(weight.aminmax()).isfinite().all():
             raise ValueError(f"damaged weights: NaN or infinity in {key}")
     return model.eval()
 
 
-Stored = namedtuple("Stored", "storage offset shape stride")   # a tensor that is not read yet
-KNOWN = {f"torch.{kind}Storage": getattr(torch, kind.lower())
-         for kind in "Half BFloat16 Float Double Long Int Bool".split()}
+class Stored(NamedTuple):
+    """A tensor of an archive that is not read yet."""
+    storage: tuple           # ("storage", dtype, key of the file data/<key>, device, length)
+    offset: int              # of its first number in the storage
+    shape: tuple
+    stride: tuple
+
+
+KNOWN = {f"torch.{name}Storage": getattr(torch, name.lower())
+         for name in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
 KNOWN |= {"torch.ByteStorage": torch.uint8, "collections.OrderedDict": OrderedDict,
           "torch._utils._rebuild_tensor_v2": lambda *arguments: Stored(*arguments[:4])}
 
 
 class Unpickler(pickle.Unpickler):
     """Reads tensors (as `Stored`), dictionaries and modules; any other name is an error."""
-    persistent_load = staticmethod(tuple)        # a storage: (_, dtype, key, device, length)
+
+    def persistent_load(self, storage):
+        return storage
 
     def find_class(self, module, name):
         if module.partition(".")[0] == "__torch__":
@@ -392,110 +470,149 @@ class Unpickler(pickle.Unpickler):
         return KNOWN[f"{module}.{name}"]
 
 
+def unpickle(program, limit):
+    """Run a pickle (bytes) that may ask for no more memory places than `limit`."""
+    for operation, argument, _ in pickletools.genops(program):
+        if "PUT" in operation.name and argument > limit:
+            raise ValueError("its pickle asks for absurd memory")
+    return Unpickler(io.BytesIO(program)).load()
+
+
+def find_tensors(node, name, found, seen):
+    """Walk through dictionaries and modules; put each tensor into `found` under its dotted name."""
+    if isinstance(node, Stored):
+        found[name] = node
+    if not isinstance(node, dict) or id(node) in seen or len(name) > 200:
+        return
+    seen.add(id(node))                                   # a dictionary may hold itself
+    for key, child in (node | vars(node) if isinstance(node, OrderedDict) else node).items():
+        find_tensors(child, f"{name}.{key}" if name else str(key), found, seen)
+
+
+def read_storage(archive, name, dtype):
+    """The numbers of an entry of an open archive -> (length,)."""
+    if archive.getinfo(name).compress_type:
+        raise ValueError(f"{name} is compressed")
+    return torch.frombuffer(bytearray(archive.read(name)), dtype=dtype)        # (length,)
+
+
 def read_archive(path):
     """{name: tensor} of a file of `torch.jit.save` or `torch.save`, without running its code.
-    The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
-    checkpoint of SAPL only the CLIP is read. ValueError, one line, for anything else."""
-    def read(name):
-        info = archive.getinfo(root + name)
-        file.seek(info.header_offset + 26)               # there: lengths of two texts, then they
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        raw = torch.empty(min(info.file_size, size), dtype=torch.uint8)
-        if info.compress_type or file.readinto(raw.numpy()) < info.file_size:
-            raise ValueError(f"{name} is compressed or cut short")
-        return raw                                       # (bytes,)
 
-    size, found, storages, tensors = os.path.getsize(path), {}, {}, {}
+    The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
+    checkpoint of SAPL only the CLIP is read. Raises ValueError, one line, for anything else.
+    """
+    size = os.path.getsize(path)
+    found, storages, tensors = {}, {}, {}
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
-            root, = [name[:-len("data.pkl")] for name in names if name.endswith("/data.pkl")]
-            program = read("data.pkl").numpy().tobytes()
-            if any("PUT" in code.name and n > size for code, n, _ in pickletools.genops(program)):
-                raise ValueError("its pickle asks for absurd memory")
-            nodes, seen = [("", Unpickler(io.BytesIO(program)).load())], set()
-            for name, node in nodes:                     # grows while we walk
-                if isinstance(node, Stored):
-                    found[name[1:]] = node
-                elif isinstance(node, dict) and id(node) not in seen and len(name) < 200:
-                    seen.add(id(node))                   # it may hold itself
-                    children = {**node, **getattr(node, "__dict__", {})}
-                    nodes += [(f"{name}.{key}", child) for key, child in children.items()]
-            found = {k[5:]: v for k, v in found.items() if k.startswith("clip.")} or found
-            if sum(math.prod(t.shape) * t.storage[1].itemsize for t in found.values()) > 2 * size:
+        with zipfile.ZipFile(path) as archive:
+            root, = [name.removesuffix("data.pkl") for name in archive.namelist()
+                     if name.endswith("/data.pkl")]
+            program = bytes(read_storage(archive, f"{root}data.pkl", torch.uint8).tolist())
+            find_tensors(unpickle(program, limit=size), "", found, set())
+            own = {name: x for name, x in found.items() if name.startswith("clip.")}
+            claimed = sum(math.prod(x.shape) * x.storage[1].itemsize for x in found.values())
+            if claimed > 2 * size:
                 raise ValueError("its tensors claim more than twice its size")
-            order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
-            for name, ((_, dtype, key, *_), offset, shape, stride) in found.items():
+
+            for name, tensor in (own or found).items():
+                _, dtype, key, *_ = tensor.storage
                 if key not in storages:
-                    raw = read(f"data/{key}")
-                    if order != sys.byteorder.encode():
-                        raw = raw.view(-1, dtype.itemsize).flip(1).flatten()
-                    storages[key] = raw.view(dtype)                            # (length,)
-                tensors[name] = storages[key].as_strided(shape, stride, offset)    # shape
+                    storages[key] = read_storage(archive, f"{root}data/{key}", dtype)
+                tensors[name.removeprefix("clip.")] = storages[key].as_strided(
+                    tensor.shape, tensor.stride, tensor.offset)                # its shape
             return tensors
     except Exception as error:                           # damage has many faces
         raise ValueError(f"{path}: no readable archive of weights: {error}") from error
 
 
-def fetch(url, sha256, cache=None, timeout=30, pauses=(0, 1, 5)):
+def cache_folder():
+    """Where OpenAI's files are kept: $CLIP_CACHE, or where OpenAI's own program keeps them."""
+    return Path(os.environ.get("CLIP_CACHE", "~/.cache/clip")).expanduser()
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(url, sha256):
     """The path of a file in the cache folder, downloaded if it is not there whole; else OSError."""
-    target = Path(cache or CACHE).expanduser() / url.rpartition("/")[2]
-    if target.is_file() and hashlib.sha256(target.read_bytes()).hexdigest() == sha256:
+    target = cache_folder() / url.rpartition("/")[2]
+    if target.is_file() and sha256_of(target) == sha256:
         return target
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    for pause in pauses:
-        time.sleep(pause)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=timeout) as answer, open(part, "wb") as file:
-                total, digest = answer.length or 0, hashlib.sha256()
-                while block := answer.read(1 << 20):
-                    digest.update(block)
-                    done = file.tell() + file.write(block)
-                    print(f"\r{target.name}: {done:,} of {total:,} bytes", end=" ", file=sys.stderr)
-            if digest.hexdigest() == sha256:
-                return part.replace(target)
-            problem = f"got {part.stat().st_size} of {total} bytes, with another SHA-256"
-        except (OSError, HTTPException) as error:
-            problem = error
-        finally:
-            part.unlink(missing_ok=True)
-    raise OSError(f"{target} is missing and cannot be downloaded ({problem}): put {url} there "
-                  f"(SHA-256 {sha256}), or use --clip tiny, which works without it")
+
+    part = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
+            print(f"downloading {url}, {answer.length or 0:,} bytes", file=sys.stderr)
+            shutil.copyfileobj(answer, file)
+        if sha256_of(part) != sha256:
+            raise OSError("what came has another SHA-256")
+        return part.replace(target)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"found no {target}, and it cannot be downloaded ({error}), expected the file "
+                      f"of {url} with SHA-256 {sha256}: put it there, or use --clip tiny, which "
+                      "works without it") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def load(name_or_path="tiny", device="cpu", cache=None):
+def load(name_or_path="tiny", device="cpu"):
     """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file.
-    name_or_path: of OFFICIAL (kept in `cache`), "tiny" (in this repository), or a file: OpenAI's
-    archive, a state dict, a checkpoint of SAPL. ValueError or OSError, one line."""
+
+    name_or_path: a name of OFFICIAL (downloaded once), "tiny" (in this repository), or a file:
+    OpenAI's archive, a state dict, a checkpoint of SAPL. Raises ValueError or OSError, one line.
+    """
     name = str(name_or_path)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if name in OFFICIAL:
-        url = f"{MODELS}/{OFFICIAL[name]}/{name.replace('/', '-').replace('@', '-')}.pt"
-        path = fetch(url, OFFICIAL[name], cache)
+        file = name.replace("/", "-").replace("@", "-") + ".pt"
+        path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name])
     elif not path.is_file():
-        raise ValueError(f"no CLIP {name!r}, no file {path}: expected tiny, {', '.join(OFFICIAL)}, "
-                         "or a file (ResNets have no patches)")
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    model = build(read_archive(path), device, release=True)
-    model.name, model.sha256 = name, sha256
+        raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a "
+                         "file: check the name (ResNets have no patches)")
+    model = build(read_archive(path), device)
+    model.name = name
+    model.sha256 = sha256_of(path)
     return model
 
 
-def lesson(text):
-    """Print the pieces of a text with their ids, then shapes and parameters of ViT-B/16."""
-    there = (CACHE / VOCABULARY.rpartition("/")[2]).is_file()
+def native_dtype(device):
+    """The number format in which a torch.device multiplies matrices fastest and learns safely:
+    bfloat16 where its hardware has it (AMX or AVX512-BF16; NVIDIA from Ampere on), else float32."""
+    native = False
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32
+
+
+def lesson(words):
+    """Print the pieces of some words, then what patches of a picture say to two sentences."""
+    there = (cache_folder() / VOCABULARY.rpartition("/")[2]).is_file()
     tokenizer = Tokenizer(49408 if there else 514)
-    print("pieces" if there else f"no vocabulary in {CACHE}: bytes instead of pieces",
-          *(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)), sep=" | ")
-    with torch.device("meta"):                           # shapes alone, no numbers
-        model = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768,
-                     vision_patch_size=16, context_length=77, vocab_size=49408,
-                     transformer_width=512, transformer_layers=12)
-        (patches,), dense = model.encode_patches(torch.empty(1, 3, 224, 224), levels=[12])
-    print("pixels (1, 3, 224, 224), patches", tuple(patches.shape), "projected", tuple(dense.shape))
-    for name, part in model.named_children():
-        print(f"{name:16} {sum(p.numel() for p in part.parameters()):12,} parameters")
+    if not there:
+        print(f"no vocabulary in {cache_folder()}: bytes instead of pieces")
+    print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(words)))
+
+    model = load("tiny")
+    tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
+    picture = np.array(Image.open(Path(__file__).with_name("tests") / "forged.png"))
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255             # (1, 3, 320, 448)
+    with torch.no_grad():
+        _, features = model.encode_patches(normalize(image))                   # (1, N, D)
+        text = F.normalize(model.encode_text(tokens), dim=-1)                  # (2, D)
+    similarity = F.normalize(features, dim=-1) @ text.T                        # (1, N, 2)
+    h, w = model.visual.grid(image)
+    difference = (similarity[..., 1] - similarity[..., 0]).view(1, h, w)       # (1, h, w)
+    print(f"pixels {tuple(image.shape)} -> patches {tuple(features.shape)}, sentences "
+          f"{tuple(text.shape)} -> cosines {tuple(similarity.shape)}")
+    print('cosine with "manipulated" less cosine with "genuine", in percent, 5 x 5 patches a number:')
+    for row in F.avg_pool2d(difference, 5)[0]:
+        print("   ", " ".join(f"{100 * value:4.0f}" for value in row))
 
 
 if __name__ == "__main__":

@@ -1,313 +1,458 @@
-"""ECPL, edge-aware contrastive prompt learning: edge-enhanced features become text prompts.
+"""ECPL, edge-aware contextual prompt learning, and SAPL, the network that it is the heart of.
 
-Source: SAPL (arXiv 2601.06222). The paper's observation: features vary far more across a
-manipulated boundary than inside regions. Its abstract fixes the idea (edge-enhanced image features,
-turned by attention into learnable prompts, compared with the image as a similarity map), no
-equation and no number; what we had to choose is marked `ours`.
+After SAPL (arXiv 2601.06222). Nobody here has read more of the paper than its abstract and a
+third party's digest, so every statement about the method carries its source in brackets:
+    [abstract]  the paper's own abstract: features vary far more across a manipulated boundary than
+                inside regions; edge-enhanced image features become, by attention, learnable text
+                prompts; the mask comes from the image-text similarity map after processing
+    [digest]    a digest of the paper: a soft edge map
+    [ours]      our choice, every equation and number among them
+
+Reading order: edges -> ECPL, from edges to text -> SAPL, from pictures to a map -> from map to
+region -> files. `python ecpl.py` shows each step on a drawn picture.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
+import os
+import pickle
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import clip
 
 CLASSES = ("genuine", "manipulated")
 
 
-# ------------------------------------------------------------------------------- what an edge is
+# ----------------------------------------------------------------------------------------- edges
 
 def sobel(x):
     """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape.
-    Borders are replicated. Sums of shifted copies are faster than a grouped convolution."""
+
+    Borders are replicated. Sums of shifted copies are faster than a grouped convolution.
+    """
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")                               # (B, K, H+2, W+2)
     rows = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]                # (B, K, H, W+2)
     columns = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]                      # (B, K, H+2, W)
     gx = (rows[..., :-2] - rows[..., 2:]) / 8                                  # (B, K, H, W)
     gy = (columns[..., :-2, :] - columns[..., 2:, :]) / 8                      # (B, K, H, W)
-    return (gx.square() + gy.square() + 1e-16).sqrt()                          # (B, K, H, W)
+    return torch.hypot(gx, gy)                                                 # (B, K, H, W)
 
 
 def soft_edges(image):
-    """Soft edge map of the luminance: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1).
+    """Soft edge map [digest] of the luminance: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in
+    [0, 1).
 
-    The paper names a soft edge map; the form is ours: g / (g + mean g). A gradient as large as the
-    picture's mean gives one half, and a picture twice as dark has nearly the same edges. A constant
-    picture has none: all below 1e-4.
+    The form is ours: g / (g + mean g). A gradient as large as the picture's mean gives one half,
+    and a picture twice as dark has nearly the same edges. A constant picture has none.
     """
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)         # (1, 3, 1, 1)
-    g = sobel((image * weights).sum(dim=1, keepdim=True))                      # (B, 1, H, W)
-    mean = g.mean(dim=(2, 3), keepdim=True)                                    # (B, 1, 1, 1)
+    luminance = (image * weights).sum(dim=1, keepdim=True)                     # (B, 1, H, W)
+    g = sobel(luminance)                                                       # (B, 1, H, W)
+    typical = g.mean(dim=(2, 3), keepdim=True)                                 # (B, 1, 1, 1)
     # ours: 1e-3, a quarter of an 8-bit step, so that an almost flat picture keeps weak edges
-    return g / (g + mean + 1e-3)
+    return g / (g + typical + 1e-3)
 
 
 def pool_edges(edge, h, w):
-    """Edge strength per patch, the mean of its strongest quarter (ours): (B, 1, H, W) -> (B, N)."""
-    B, _, H, W = edge.shape
-    cells = F.unfold(edge, (H // h, W // w), stride=(H // h, W // w))          # (B, area, N)
-    return cells.topk(max(1, cells.shape[1] // 4), dim=1).values.mean(dim=1)   # (B, N)
+    """Edge strength per patch, the mean of its strongest quarter [ours]: (B, 1, H, W) -> (B, N)."""
+    _, _, H, W = edge.shape
+    cell = (H // h, W // w)
+    cells = F.unfold(edge, cell, stride=cell)                                  # (B, area, N)
+    quarter = max(1, cells.shape[1] // 4)
+    return cells.topk(quarter, dim=1).values.mean(dim=1)                       # (B, N)
 
 
 def feature_variation(features, h, w):
     """Sobel magnitude of features over the patch grid: (B, N, Dv) -> (B, N, Dv).
 
-    This is the paper's measure of boundaries: large where neighbouring patches disagree.
+    [abstract] measures boundaries by feature variation; Sobel's magnitude is ours.
     """
-    B, N, Dv = features.shape
-    grid = features.transpose(1, 2).reshape(B, Dv, h, w)                       # (B, Dv, h, w)
+    grid = features.transpose(1, 2).unflatten(2, (h, w))                       # (B, Dv, h, w)
     return sobel(grid).flatten(2).transpose(1, 2)                              # (B, N, Dv)
 
 
-# ---------------------------------------------------------------------- edges -> prompts -> text
+# ------------------------------------------------------------------------ ECPL, from edges to text
 
-WORD = 0.02                              # standard deviation of CLIP's word embeddings
+class ECPL(nn.Module):
+    """Edge-enhanced image features become, by attention, prompts for the text tower [abstract].
 
+        G   = sum over levels of W_l LayerNorm(F_l + e * dF_l)        edge-enhanced features [ours]
+        P   = V + s * o(Attention(queries LayerNorm(V), keys and values G))                  [ours]
+        t_c = unit(TextTower([start] P_c words_c [end]))
 
-class PromptLearner(nn.Module):
-    """Context tokens of both classes, shifted by what attention reads from the edge features.
+    F_l: patch features at level l, dF_l: their variation, e: soft edges per patch. V: M learned
+    context tokens a class. s: the spread of the tower's word embeddings, so that o moves prompts in
+    steps of their own size; o starts at zero, so training starts from P = V [ours].
 
-        G = sum over levels of W_l LayerNorm(F_l + e * dF_l)          edge-enhanced features
-        P = V + 0.02 * o(Attention(queries LayerNorm(V), keys and values G))
-        prompt of class c = [start] P_c words_c [end]
-
-    V: the context tokens. F_l: patch features at level l, dF_l: their variation, e: soft edges
-    (ours: in the ablation, prompts that read edges alone were no better than prompts that read no
-    picture). 0.02: the spread of CLIP's word embeddings (ours: o then moves prompts in steps of
-    their own size). o starts at zero, so training starts from P = V. Without `attend` it stays
-    there: the plain learned prompt. What else may stand for F_l + e * dF_l: see ECPL.
+    levels: how many. Raises ValueError if context and class words do not fit the text tower.
     """
 
-    def __init__(self, clip_model, *, levels, context, class_words, attend):
+    def __init__(self, clip_model, *, levels, context):
         super().__init__()
-        Dv, Dt = clip_model.visual.proj.shape[0], clip_model.token_embedding.embedding_dim
-        tokens = clip.tokenize(list(class_words), clip_model.context_length,
-                               clip_model.token_embedding.num_embeddings)      # (C, 77)
-        length = int(tokens.argmax(dim=-1).max()) + 1  # of the longest class, with both ends
+        Dv = clip_model.visual.proj.shape[0]
+        vocab_size, Dt = clip_model.token_embedding.weight.shape
+        tokens = clip.tokenize(list(CLASSES), clip_model.context_length, vocab_size)    # (C, 77)
+        length = int(tokens.argmax(dim=-1).max()) + 1    # of the longest class, with both ends
         if length + context > clip_model.context_length:
-            raise ValueError(f"{context} context tokens and the words {class_words} need "
-                             f"{length + context} tokens, the text tower takes "
-                             f"{clip_model.context_length}: shorten them")
+            raise ValueError(f"found {context} context tokens, expected at most "
+                             f"{clip_model.context_length - length}: lower --context")
         self.register_buffer("tokens", tokens[:, :length], persistent=False)   # (C, words + 2)
-        self.context = nn.Parameter(WORD * torch.randn(len(class_words), context, Dt))  # (C, M, Dt)
-        self.attend = attend
-        if attend:
-            self.norms = nn.ModuleList(nn.LayerNorm(Dv) for _ in range(levels))
-            self.projections = nn.ModuleList(nn.Linear(Dv, Dt, bias=False) for _ in range(levels))
-            self.attention = nn.MultiheadAttention(Dt, max(1, Dt // 64), batch_first=True)
-            self.norm_query = nn.LayerNorm(Dt)
-            nn.init.zeros_(self.attention.out_proj.weight)
-            nn.init.zeros_(self.attention.out_proj.bias)
 
-    def forward(self, clip_model, features, weight=None):
-        """Text features (B or 1, C, D) of unit length; 1 without `attend`, which reads no picture.
+        self.spread = clip_model.token_embedding.weight.detach().std().item()
+        self.context = nn.Parameter(self.spread * torch.randn(len(CLASSES), context, Dt))
+        self.norms = nn.ModuleList([nn.LayerNorm(Dv) for _ in range(levels)])
+        self.projections = nn.ModuleList([nn.Linear(Dv, Dt, bias=False) for _ in range(levels)])
+        self.norm_query = nn.LayerNorm(Dt)
+        self.attention = nn.MultiheadAttention(Dt, max(1, Dt // 64), batch_first=True)
+        nn.init.zeros_(self.attention.out_proj.weight)
+        nn.init.zeros_(self.attention.out_proj.bias)
 
-        features: [(B, N, Dv)], one per level. weight: (B, N) of the patches, None = all alike.
-        """
+    def enhance(self, levels, edges, h, w):
+        """Edge-enhanced features of one depth each: [(B, N, Dv)], edges (B, N) -> [(B, N, Dv)]."""
+        e = edges[..., None].to(levels[0].dtype)                               # (B, N, 1)
+        # ours: prompts read the tower, they do not train it
+        levels = [x.detach() for x in levels]                                  # [(B, N, Dv)]
+        return [x + e * feature_variation(x, h, w) for x in levels]            # [(B, N, Dv)]
+
+    def prompts(self, enhanced):
+        """[(B, N, Dv)] -> context tokens of both classes (B, C * M, Dt)."""
+        G = 0
+        for x, norm, project in zip(enhanced, self.norms, self.projections):
+            G = G + project(norm(x))                                           # (B, N, Dt)
+        V = self.context.flatten(0, 1).expand(len(G), -1, -1)                  # (B, C * M, Dt)
+        read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)  # (B, C * M, Dt)
+        return V + self.spread * read
+
+    def encode(self, clip_model, prompts):
+        """Context tokens (B, C * M, Dt) -> unit text features (B, C, D)."""
         C, M, Dt = self.context.shape
-        prompts = self.context[None]                                           # (1, C, M, Dt)
-        if self.attend:
-            G = sum(project(norm(x)) for project, norm, x
-                    in zip(self.projections, self.norms, features))            # (B, N, Dt)
-            if weight is not None:  # after the norm, which would undo it
-                G = weight[..., None] * G                                      # (B, N, Dt)
-            V = self.context.flatten(0, 1).expand(len(G), -1, -1)              # (B, C * M, Dt)
-            read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)  # (B, C * M, Dt)
-            prompts = (V + WORD * read).view(len(G), C, M, Dt)                 # (B, C, M, Dt)
         B = len(prompts)
+        prompts = prompts.view(B, C, M, Dt)                                    # (B, C, M, Dt)
         words = clip_model.token_embedding(self.tokens)                        # (C, words + 2, Dt)
-        words = words.expand(B, -1, -1, -1)                                 # (B, C, words + 2, Dt)
-        sentence = torch.cat([words[:, :, :1], prompts, words[:, :, 1:]], dim=2)  # (B, C, L, Dt)
+        words = words.expand(B, -1, -1, -1)                                    # (B, C, .., Dt)
+        start = words[:, :, :1]                                                # (B, C, 1, Dt)
+        rest = words[:, :, 1:]                                                 # (B, C, .., Dt)
+        sentence = torch.cat([start, prompts, rest], dim=2)                    # (B, C, L, Dt)
         end = (self.tokens.argmax(dim=-1) + M).repeat(B)                       # (B * C,)
         text = clip_model.encode_prompts(sentence.flatten(0, 1), end)          # (B * C, D)
         return F.normalize(text.view(B, C, -1), dim=-1)                        # (B, C, D)
 
+    def forward(self, clip_model, levels, edges, h, w):
+        """levels [(B, N, Dv)], edges (B, N) -> text features (B, C, D) of unit length."""
+        enhanced = self.enhance(levels, edges, h, w)                           # [(B, N, Dv)]
+        return self.encode(clip_model, self.prompts(enhanced))                 # (B, C, D)
 
-# ---------------------------------------------------------------------- similarity -> map, score
+
+# --------------------------------------------------------------- SAPL, from pictures to a map
+
+class Depths(nn.Module):
+    """What each level adds to the features of the map: z_l = W_l LayerNorm(F_l) [ours].
+
+    What betrays a manipulation (noise, blur, seams) fades with depth, so shallower levels join the
+    last one. HECL contrasts each z_l by itself. W starts small: the map starts as CLIP's.
+    """
+
+    def __init__(self, Dv, D, levels):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(Dv) for _ in range(levels)])
+        self.projections = nn.ModuleList([nn.Linear(Dv, D, bias=False) for _ in range(levels)])
+        for project in self.projections:
+            nn.init.normal_(project.weight, std=0.02 * Dv ** -0.5)
+
+    def forward(self, levels):
+        """[(B, N, Dv)] -> [(B, N, D)]."""
+        depths = []
+        for x, norm, project in zip(levels, self.norms, self.projections):
+            depths.append(project(norm(x)))                                    # (B, N, D)
+        return depths
+
 
 def pool_score(logits, rho):
-    """Smooth top-k pooling: patch logits (B, N) -> image logit (B,).
+    """Smooth top-k pooling: patch logits (B, N) -> image logit (B,) [ours].
 
-    Ours: a mean weighted by how far each patch lies above the k-th largest, so the gradient also
-    reaches the patches just below; the weights themselves carry none. rho: k as a share of N.
+    A mean weighted by how far each patch lies above the k-th largest, so the gradient also reaches
+    the patches just below; the weights themselves carry none. rho: k as a share of N.
     """
     k = max(1, round(rho * logits.shape[1]))
-    edge = logits.detach().topk(k, dim=1).values[:, -1:]                       # (B, 1)
-    weight = torch.sigmoid(4 * (logits.detach() - edge))                       # (B, N)
+    fixed = logits.detach()                                                    # (B, N)
+    kth_largest = fixed.topk(k, dim=1).values[:, -1:]                          # (B, 1)
+    weight = torch.sigmoid(4 * (fixed - kth_largest))                          # (B, N)
     return (weight * logits).sum(dim=1) / weight.sum(dim=1)                    # (B,)
 
 
 class Output(NamedTuple):
-    """What SAPL answers for a batch; `stages`, `edges` feed HECL in training."""
-    logits: torch.Tensor         # (B, h, w) of "manipulated" against "genuine"
-    probability: torch.Tensor    # (B, h, w) in [0, 1]
-    score_logit: torch.Tensor    # (B,) of the whole picture
-    text: torch.Tensor           # (B or 1, C, D) unit length
-    stages: list                 # [(B, N, D)] patch features as each level joins, the last = map's
+    """What SAPL answers for a batch; `depths` and `edges` feed HECL in training."""
+    logits: torch.Tensor         # (B, h, w) of "manipulated" against "genuine", one a patch
+    score: torch.Tensor          # (B,) logit of the whole picture
+    text: torch.Tensor           # (B, C, D) unit length
+    depths: list                 # [(B, N, D)] what each level adds to the features of the map
     edges: torch.Tensor          # (B, N) soft edges in [0, 1)
 
 
-class ECPL(nn.Module):
-    """From a picture to the map: patch features, edges, prompts, similarity.
+class SAPL(nn.Module):
+    """CLIP, edges, prompts, similarity: pictures to a map of what is manipulated.
 
-    levels: blocks of the image tower, counted from 1. context: M. class_words: one phrase a class.
-    edge_source: "image" or "features", where the soft edges come from.
-    prompts: what attention reads: "enhanced" patch features plus their variation along soft edges
-    (ECPL); "edges" that variation alone, e * LayerNorm(dF) (the shipped model); "patches" patch
-    features alone (the control of the ablation). "plain": it reads nothing, learned context alone;
-    "none": two learned class vectors, no text at all.
-    dense: see clip.encode_patches. rho: see pool_score. zoom: the tower sees pictures enlarged so
-    many times (ours: what betrays a manipulation is finer than a patch of CLIP's).
+    config, a plain dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context`
+    (M), `rho` (see pool_score), `zoom` (the tower sees pictures enlarged so many times, because
+    traces are finer than CLIP's patches [ours]), `tune` (what of CLIP is trained: "lora" [digest],
+    "full" or "none"), `lora_rank`, `lora_share` (of the blocks, the last ones), and for inference
+    `max_side` and `window`, pixels.
     """
 
-    SETTINGS = ("levels", "context", "class_words", "edge_source", "prompts", "dense", "rho",
-                "zoom")
-
-    def __init__(self, clip_model, *, levels, context, class_words, edge_source, prompts, dense,
-                 rho, zoom):
+    def __init__(self, clip_model, config):
         super().__init__()
-        assert edge_source in ("image", "features"), edge_source
-        assert prompts in ("enhanced", "edges", "patches", "plain", "none"), prompts
-        self.levels, self.edge_source, self.prompts = tuple(levels), edge_source, prompts
-        self.dense, self.rho, self.zoom = dense, rho, zoom
-        self.cell = clip_model.visual.patch_size // zoom     # a patch in pixels of the picture
-        if zoom < 1 or self.cell * zoom != clip_model.visual.patch_size:
-            raise ValueError(f"found zoom {zoom}, expected a divisor of the patch size, "
-                             f"{clip_model.visual.patch_size}")
+        self.config = dict(config)
+        self.dtype = torch.float32                           # of matrix products, see `autocast`
+        self.clip = clip_model.requires_grad_(False)
         Dv, D = clip_model.visual.proj.shape
-        if prompts == "none":
-            vectors = torch.randn(1, len(CLASSES), D) * D ** -0.5              # (1, C, D)
-            self.class_vectors = nn.Parameter(vectors)
-        else:
-            self.learner = PromptLearner(clip_model, levels=len(self.levels), context=context,
-                                         class_words=class_words, attend=prompts != "plain")
-        # ours: the levels' patch features join the last ones through gates that start at zero,
-        # because what betrays a manipulation (noise, blur, seams) fades with depth
-        self.level_norms = nn.ModuleList(nn.LayerNorm(Dv) for _ in self.levels)
-        self.level_gates = nn.ModuleList(nn.Linear(Dv, D, bias=False) for _ in self.levels)
-        for gate in self.level_gates:
-            nn.init.zeros_(gate.weight)
-        self.log_scale = nn.Parameter(torch.tensor(10.0).log())  # bounded in `similarity`
+        patch, zoom = clip_model.visual.patch_size, config["zoom"]
+        if zoom < 1 or patch % zoom:
+            raise ValueError(f"found --zoom {zoom}, expected a divisor of the patch size, {patch}")
+        self.cell = patch // zoom                            # a patch in pixels of the picture
+
+        levels = len(config["levels"])
+        self.ecpl = ECPL(clip_model, levels=levels, context=config["context"])
+        self.depths = Depths(Dv, D, levels)
+        self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.zeros(()))
+        # Calibration: what is taken from the logits of the map and of the score, so that 0.5 is
+        # where decisions are made (train.calibrate).
+        self.register_buffer("map_shift", torch.zeros(()))
+        self.register_buffer("score_shift", torch.zeros(()))
 
-    def soft_edges(self, image, levels, h, w):
-        """Soft edges per patch (B, N) in [0, 1), from the picture or from its last level."""
-        if self.edge_source == "image":
-            return pool_edges(soft_edges(image), h, w)                         # (B, N)
-        g = feature_variation(levels[-1], h, w).mean(dim=-1)                   # (B, N)
-        return (g / (g + g.mean(dim=1, keepdim=True) + 1e-6)).detach()
+        if config["tune"] == "full":
+            clip_model.visual.requires_grad_(True)
+        if config["tune"] == "lora":
+            blocks = clip_model.visual.transformer.resblocks
+            count = max(1, round(config["lora_share"] * len(blocks)))
+            clip.add_lora(blocks[-count:], config["lora_rank"], alpha=2 * config["lora_rank"])
 
-    def text_features(self, clip_model, levels, edges, h, w):
-        """Unit text features of both classes: (B, C, D), or (1, C, D) if no picture is read."""
-        if self.prompts == "none":
-            return F.normalize(self.class_vectors, dim=-1)                     # (1, C, D)
-        if self.prompts in ("patches", "plain"):
-            return self.learner(clip_model, levels)                            # (B or 1, C, D)
-        variation = [feature_variation(x, h, w) for x in levels]               # [(B, N, Dv)]
-        if self.prompts == "edges":
-            return self.learner(clip_model, variation, edges)                  # (B, C, D)
-        e = edges[..., None]                                                   # (B, N, 1)
-        enhanced = [x + e * dx for x, dx in zip(levels, variation)]            # [(B, N, Dv)]
-        return self.learner(clip_model, enhanced)                              # (B, C, D)
+    def autocast(self):
+        """The context in which matrices are multiplied as numbers of `self.dtype`."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.bias.device.type, self.dtype, enabled=enabled)
 
     def similarity(self, features, text):
         """Patch logits: features (B, N, D), text (B or 1, C, D) of unit length -> (B, N)."""
-        features = F.normalize(features, dim=-1)
-        difference = text[:, 1] - text[:, 0]                                   # (B or 1, D)
-        scale = self.log_scale.clamp(0, 4.6).exp()  # ours: 1 .. 99.5, just under CLIP's bound
-        return scale * (features * difference[:, None]).sum(dim=-1) + self.bias  # (B, N)
+        features = F.normalize(features.float(), dim=-1)                       # (B, N, D)
+        difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
+        scale = self.log_scale.clamp(0, 4.6).exp()           # ours: 1 .. 99.5, as CLIP bounds it
+        return scale * (features * difference).sum(dim=-1) + self.bias         # (B, N)
 
-    def forward(self, clip_model, image, memo=None):
-        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output. memo: a dict kept for
-        pictures that come again, see clip.encode_patches."""
+    def forward(self, image):
+        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
         pixels = clip.normalize(image)                                         # (B, 3, H, W)
-        if self.zoom > 1:
-            pixels = F.interpolate(pixels, scale_factor=self.zoom, mode="bilinear")  # (B, 3, ..)
-        h, w = clip_model.visual.grid(pixels)
-        # levels [(B, N, Dv)], features (B, N, D)
-        levels, features = clip_model.encode_patches(pixels, self.levels, self.dense, memo)
-        edges = self.soft_edges(image, levels, h, w)                           # (B, N)
-        text = self.text_features(clip_model, levels, edges, h, w)             # (B or 1, C, D)
-        stages = []                                                            # [(B, N, D)]
-        for x, norm, gate in zip(levels, self.level_norms, self.level_gates):
-            features = features + gate(norm(x))                                # (B, N, D)
-            stages.append(features)
-        logits = self.similarity(features, text)                               # (B, N)
-        grid = logits.view(-1, h, w)                                           # (B, h, w)
-        return Output(grid, grid.sigmoid(), pool_score(logits, self.rho), text, stages, edges)
+        if self.config["zoom"] > 1:
+            pixels = F.interpolate(pixels, scale_factor=self.config["zoom"], mode="bilinear")
+        h, w = self.clip.visual.grid(pixels)
+
+        # towers: levels [(B, N, Dv)], dense (B, N, D)
+        levels, dense = self.clip.encode_patches(pixels, self.config["levels"])
+        # edges -> prompts -> text
+        edges = pool_edges(soft_edges(image), h, w)                            # (B, N)
+        text = self.ecpl(self.clip, levels, edges, h, w)                       # (B, C, D)
+        # similarity -> map -> score
+        depths = self.depths(levels)                                           # [(B, N, D)]
+        logits = self.similarity(dense + sum(depths), text.float())            # (B, N)
+        score = pool_score(logits, self.config["rho"])                         # (B,)
+        return Output(logits.view(-1, h, w), score, text, depths, edges)
+
+    @classmethod
+    def load(cls, path=None, device="auto", precision="auto", merge=True):
+        """The model of a checkpoint (None: the shipped weights/tiny.pt), in eval mode.
+
+        precision: "auto" (bf16 where the hardware multiplies it), "bf16" or "fp32". merge: fold
+        LoRA into the weights; False to train on. Raises OSError or ValueError of one line.
+        """
+        path = path or clip.TINY
+        device = pick_device(device)
+        state = load_checkpoint(path)
+        try:
+            stored = state["clip"]
+            tower = clip.load(stored["name"]) if "name" in stored else clip.build(stored)
+            tower.name = state["config"]["clip"]
+            tower.sha256 = stored.get("sha256", "")
+            model = cls(tower, state["config"])
+            backbone = {key: x for key, x in model.state_dict().items() if is_backbone(key)}
+            model.load_state_dict(backbone | state["model"])
+        except (RuntimeError, LookupError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"found {path}, which does not fit this version ({reason}), expected "
+                             "a checkpoint of its train.py: train it again") from error
+        if merge and model.config["tune"] == "lora":
+            clip.merge_lora(model.clip)
+            model.config["tune"] = "full"        # saved again, its CLIP is no longer the official
+        model.dtype = pick_dtype(precision, device)
+        return model.to(device).eval()
 
 
 # --------------------------------------------------------------------------------- map -> region
 
-def spread(x, height, width):
+def spread_largest(x, height, width):
     """The largest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
     return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
 
 
-def smooth(x, radius):
-    """Mean over a square of 2 * radius + 1 cells: (B, h, w) -> the same; radius 0: x itself."""
-    x = F.pad(x[:, None], (radius,) * 4, mode="replicate")                     # (B, 1, h+2r, w+2r)
-    return F.avg_pool2d(x, 2 * radius + 1, stride=1)[:, 0]                     # (B, h, w)
+def spread_smallest(x, height, width):
+    """The smallest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
+    return -spread_largest(-x, height, width)
 
 
-def regions(probability, reach=1, radius=0):
-    """Close gaps in a responding boundary, fill what it encloses: (B, h, w) in [0, 1] -> the same.
+def regions(logits, radius):
+    """Close gaps in a responding boundary, fill what it encloses, smooth: (B, h, w) -> the same.
 
-    The paper derives the mask by processing the similarity map; the form is ours: a grey closing
-    with a square of 2 * reach + 1 patches, then a grey fill, in which every cell rises to the
-    lowest value that a way from it to the border must cross. Both lower no value and leave a flat
-    map as it is. Last comes `smooth`.
+    The mask comes from the similarity map by processing [abstract]; the form is ours: a grey
+    closing over 3 x 3 patches, then a grey fill, in which every cell rises to the lowest value that
+    a way from it to the border must cross; last the mean over (2 * radius + 1)^2 patches. What is
+    added to all logits is added to the answer.
     """
-    x, size = probability[:, None], 2 * reach + 1                              # (B, 1, h, w)
-    closed = torch.maximum(-spread(-spread(x, size, size), size, size), x)
-    level = torch.full_like(x, float("inf"))  # water, let out over the border of the map
-    level[..., 0, :], level[..., -1, :] = closed[..., 0, :], closed[..., -1, :]
-    level[..., :, 0], level[..., :, -1] = closed[..., :, 0], closed[..., :, -1]
+    assert logits.isfinite().all(), "the fill would never end"
+    x = logits[:, None]                                                        # (B, 1, h, w)
+    closed = torch.maximum(spread_smallest(spread_largest(x, 3, 3), 3, 3), x)
+
+    # water, let out over the border of the map
+    level = torch.full_like(x, float("inf"))                                   # (B, 1, h, w)
+    level[..., 0, :] = closed[..., 0, :]
+    level[..., -1, :] = closed[..., -1, :]
+    level[..., :, 0] = closed[..., :, 0]
+    level[..., :, -1] = closed[..., :, -1]
     while True:
-        lower = torch.minimum(-spread(-level, 3, 1), -spread(-level, 1, 3))  # 4 neighbours
+        lower = torch.minimum(spread_smallest(level, 3, 1), spread_smallest(level, 1, 3))
         lower = torch.minimum(level, torch.maximum(lower, closed))
         if torch.equal(lower, level):
             break
         level = lower
-    return smooth(level[:, 0], radius)                                         # (B, h, w)
+
+    padded = F.pad(level, (radius,) * 4, mode="replicate")                     # (B, 1, h+2r, w+2r)
+    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)[:, 0]                # (B, h, w)
 
 
-def demo():
-    """A square pasted into a smooth picture: every step of ECPL with its shape and its numbers."""
-    torch.manual_seed(0)
-    image = torch.linspace(0.2, 0.6, 128).expand(1, 3, 128, 128).clone()
-    image[..., 40:88, 40:88] = 0.8 - image[..., 40:88, 40:88] / 2 + 0.03 * torch.randn(48, 48)
-    model = clip.CLIP(embed_dim=64, image_resolution=128, vision_layers=3, vision_width=64,
-                      vision_patch_size=16, context_length=77, vocab_size=514, transformer_width=64,
-                      transformer_layers=2).eval()
-    ecpl = ECPL(model, levels=(1, 2, 3), context=4, class_words=CLASSES, edge_source="image",
-                prompts="enhanced", dense="plain", rho=0.1, zoom=1)
-    edge = soft_edges(image)
-    print(f"image            {tuple(image.shape)}   "
-          "a smooth ramp with a noisy square pasted at 40..88")
-    print(f"soft edge map    {tuple(edge.shape)}   {edge.min():.2f} .. {edge.max():.2f}")
-    print("pooled to the 8 x 8 patches, in percent; the outline of the square stands out:")
-    for row in pool_edges(edge, 8, 8).view(8, 8):
-        print("   ", " ".join(f"{100 * value:3.0f}" for value in row))
+# ----------------------------------------------------------------------------------------- files
+
+FORMAT = 2
+
+
+def is_backbone(key):
+    """Whether a key of SAPL's state dict is a weight of CLIP itself, not of ECPL or LoRA."""
+    return key.startswith("clip.") and ".lora." not in key
+
+
+def save_checkpoint(path, model, **state):
+    """Write SAPL and `state` (tensors and plain types) so that no interruption breaks the file.
+
+    The file before is kept as `<path>.previous`; an official CLIP is stored by name and hash.
+    """
+    own, backbone = {}, {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu()
+        if is_backbone(key):
+            backbone[key.removeprefix("clip.")] = value      # OpenAI's names
+        else:
+            own[key] = value
+    if model.config["tune"] != "full" and model.clip.name in clip.OFFICIAL:
+        backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
+
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            torch.save({"format": FORMAT, "config": model.config, "clip": backbone, "model": own,
+                        **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_name(path.name + ".previous"))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}), what was there is "
+                      "kept: make room, go on with --resume") from error
+
+
+def load_checkpoint(path):
+    """The dict of a file of `save_checkpoint`, on the CPU; OSError or ValueError of one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"found no checkpoint {path}, expected one: train it with `python "
+                                "train.py --data FOLDER`, then name its best.pt, or the copy "
+                                "before it, ending in .previous")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError,
+            AttributeError) as error:
+        raise ValueError(f"found {path}, which is no checkpoint of SAPL ({type(error).__name__}), "
+                         "expected a file that train.py wrote: name its best.pt, or its copy "
+                         "ending in .previous") from error
+    if found != FORMAT:
+        raise ValueError(f"found {path} in format {found}, expected format {FORMAT}: it is of "
+                         "another version, train it again")
+    return state
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" -> torch.device; ValueError if it is not there."""
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    there.append("cpu")
+    if name == "auto":
+        name = there[0]
+    if name == "cuda":
+        name = "cuda:0"
+    if str(name) not in there:
+        raise ValueError(f"found --device {name}, expected one of auto, {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(precision, device):
+    """"auto", "bf16" or "fp32" -> the torch.dtype of matrix products on a torch.device."""
+    if precision == "auto":
+        return clip.native_dtype(device)
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def demo(out="out/method.png"):
+    """Every step on tests/forged.png, in numbers and as one picture: picture, soft edges, feature
+    variation, map, mask."""
+    picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255   # (1, 3, H, W)
+    model = SAPL.load(device="cpu")
+    h, w = image.shape[2] // model.cell, image.shape[3] // model.cell
     with torch.no_grad():
-        out = ecpl(model, image)
-    print(f"stages           {len(out.stages)} x {tuple(out.stages[0].shape)}   "
-          "patch features as three depths join")
-    print(f"text features    {tuple(out.text.shape)}   "
-          "one per class, of this picture's own prompts")
-    print(f"map              {tuple(out.probability.shape)}   "
-          f"{out.probability.min():.2f} .. {out.probability.max():.2f}; random weights say nothing")
-    print(f"score            {out.score_logit.sigmoid().item():.2f}   "
-          "smooth top-k of the map's logits")
-    ring = torch.zeros(1, 8, 8)
-    ring[0, 2:6, 2:6] = 0.9
-    ring[0, 3:5, 3:5] = ring[0, 2, 4] = 0.1
-    before, after = ((x > 0.5).sum().item() for x in (ring, regions(ring)))
-    print(f"regions()        a broken ring of {before} patches becomes a region of {after}")
+        output = model(image)
+        levels, _ = model.clip.encode_patches(clip.normalize(image), model.config["levels"])
+    edge = soft_edges(image)                                                   # (1, 1, H, W)
+    variation = feature_variation(levels[-1], h, w).mean(dim=-1).view(1, h, w)  # (1, h, w)
+    answer = regions(output.logits, radius=2) - model.map_shift                # (1, h, w)
+
+    print(f"image            {tuple(image.shape)}")
+    print(f"soft edges       {tuple(edge.shape)}, {edge.min():.2f} .. {edge.max():.2f}")
+    print(f"levels           {len(levels)} x {tuple(levels[0].shape)}, their variation is large "
+          "where neighbours disagree:")
+    coarse = F.avg_pool2d(variation, 5)[0]                                     # (h / 5, w / 5)
+    for row in 100 * coarse / coarse.max():
+        print("   ", " ".join(f"{value:3.0f}" for value in row))
+    print(f"text features    {tuple(output.text.shape)}, one per class, of this picture's prompts")
+    print(f"map              {tuple(output.logits.shape)}, after regions() "
+          f"{(answer > 0).float().mean():.0%} of it above 0.5")
+
+    panels = [edge[0, 0], variation[0] / variation.max(), answer[0].sigmoid(), answer[0] > 0]
+    sheet = Image.new("RGB", (5 * picture.width + 32, picture.height), "white")
+    sheet.paste(picture)
+    for i, panel in enumerate(panels, start=1):
+        grey = Image.fromarray((255 * panel.float()).byte().numpy())
+        sheet.paste(grey.resize(picture.size), (i * (picture.width + 8), 0))
+    Path(out).parent.mkdir(exist_ok=True)
+    sheet.resize((sheet.width // 2, sheet.height // 2)).save(out)
+    print(f"picture, soft edges, feature variation, map, mask: {out}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,32 @@
-"""CLIP: equal to OpenAI's outputs and ids; files read safely; downloads; prompts; LoRA."""
+"""CLIP: equal to OpenAI's outputs and ids; files read safely; downloads; LoRA; number formats."""
+import functools
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import pickle
 import resource
-import struct
 import subprocess
 import sys
 import threading
-import time
 import warnings
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import clip
 
 HERE = Path(__file__).parent
-NAME = clip.VOCABULARY.rpartition("/")[2]
-FOLDER = next((folder for folder in (clip.CACHE, HERE.parents[1] / "shared" / "clip")
-               if (folder / NAME).is_file()), None)
-needs_vocabulary = pytest.mark.skipif(FOLDER is None, reason=f"no {NAME} in {clip.CACHE}")
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +38,14 @@ def reference():
 
 @pytest.fixture(scope="module")
 def weights(reference):
+    """The weights alone, with OpenAI's keys."""
     return {key.removeprefix("weights/"): value for key, value in reference.items()
             if key.startswith("weights/")}
 
 
 @pytest.fixture(scope="module")
 def model(weights):
+    """Image width 128, 3 blocks, 16-pixel patches, 64 pixels; text width 64, 2 blocks."""
     return clip.build(weights)
 
 
@@ -52,68 +53,164 @@ def close(a, b, tolerance=1e-5):
     return torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
+# ------------------------------------------------------------------------------------- tokenizer
+
+@pytest.fixture
+def vocabulary(monkeypatch):
+    """OpenAI's vocabulary file, if this machine has it."""
+    name = clip.VOCABULARY.rpartition("/")[2]
+    for folder in (clip.cache_folder(), HERE.parents[1] / "shared" / "clip"):
+        if (folder / name).is_file():
+            monkeypatch.setenv("CLIP_CACHE", str(folder))
+            return
+    pytest.skip(f"no {name} in {clip.cache_folder()}")
+
+
+def test_ids_equal_openais(vocabulary):
+    short = 0
+    for entry in json.loads((HERE / "clip_tokens.json").read_text()):
+        ids = [49406, *entry["ids"], 49407]
+        if len(ids) <= 77:
+            short += 1
+            row = clip.tokenize(entry["text"])[0].tolist()
+            assert row == ids + [0] * (77 - len(ids)), entry["text"]
+    assert short > 10
+
+
+def test_bytes_alone_need_no_vocabulary(monkeypatch):
+    monkeypatch.setattr(clip, "fetch", None)
+    tokens = clip.tokenize("Ab!", 8, vocab_size=514)
+    assert tokens.tolist() == [[512, 64, 65 + 256, 256, 513, 0, 0, 0]]
+    assert clip.tokenize("", 4, vocab_size=514).tolist() == [[512, 513, 0, 0]]
+    less_than = clip.tokenize("&amp;amp;lt;", 3, vocab_size=514)
+    assert less_than.tolist() == [[512, 27 + 256, 513]]
+
+    text = "".join(map(chr, range(0x3000))) + "😀👩‍👩‍👧‍👦"
+    assert clip.tokenize(text, 1 << 20, vocab_size=514).max() == 513
+
+
+def test_long_texts_are_an_error_or_cut():
+    text = "a " * 75
+    fits = clip.tokenize(text, vocab_size=514)
+    assert fits.tolist() == [[512, *[64 + 256] * 75, 513]]
+    with pytest.raises(ValueError, match=r"78 tokens.*'a a a "):
+        clip.tokenize(["short", text + "a"], vocab_size=514)
+    assert torch.equal(clip.tokenize(text + "b c", vocab_size=514, truncate=True), fits)
+
+
+def test_merges_in_the_order_they_were_learned(monkeypatch, tmp_path):
+    content = gzip.compress(b"#version: 0\nl o\nlo w</w>\ne r\no w\na a\n")
+    (tmp_path / clip.VOCABULARY.rpartition("/")[2]).write_bytes(content)
+    monkeypatch.setattr(clip, "VOCABULARY_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
+
+    tokenizer = clip.Tokenizer.__wrapped__(519)                # not the one that is kept
+    pieces = tokenizer.pieces("low lower aaab <|endoftext|>")
+    assert pieces[1:-1] == ["low</w>", "lo", "w", "e", "r</w>", "aa", "a", "b</w>", "<|endoftext|>"]
+    assert tokenizer.ids["lo"] == 512 and tokenizer.ids["<|endoftext|>"] == 518
+    first_merge_only = clip.Tokenizer.__wrapped__(515)
+    assert first_merge_only.pieces("low")[1:-1] == ["lo", "w</w>"]
+
+
 # ---------------------------------------------------------------------------------------- towers
 
 @torch.no_grad()
 def test_outputs_equal_openais(reference, model):
-    pixels, tokens = reference["input/pixels"], reference["input/token_ids"]
+    pixels = reference["input/pixels"]
+    tokens = reference["input/token_ids"]
     assert close(model.encode_image(pixels), reference["output/image_features"])
-    assert close(model.encode_text(tokens), reference["output/text_features"])
-    assert close(model(pixels, tokens)[0], reference["output/logits_per_image"])
-    assert torch.equal(model(pixels, tokens)[1], model(pixels, tokens)[0].T)
     assert close(model.encode_patches(pixels)[1], reference["output/patch_features"])
+    assert close(model.encode_text(tokens), reference["output/text_features"])
+    per_image, per_text = model(pixels, tokens)
+    assert close(per_image, reference["output/logits_per_image"])
+    assert torch.equal(per_text, per_image.T)
+
+
+def test_normalize():
+    mean = torch.tensor(clip.MEAN).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert close(clip.normalize(mean), torch.zeros(2, 3, 4, 4), 1e-6)
+    white = clip.normalize(torch.ones(1, 3, 1, 1)).flatten()
+    assert close(white, torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @torch.no_grad()
 def test_attention_equals_torchs(causal):
     torch.manual_seed(0)
-    ours, theirs = clip.Attention(128, causal), nn.MultiheadAttention(128, 2, batch_first=True)
+    ours = clip.Attention(128, causal)
+    theirs = nn.MultiheadAttention(128, 2, batch_first=True)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 9, 128)
     mask = nn.Transformer.generate_square_subsequent_mask(9) if causal else None
     assert close(ours(x), theirs(x, x, x, attn_mask=mask, need_weights=False)[0], 1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [1, 7])
+def test_both_forms_of_attention_are_equal(device, causal, length):
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 4, length, 16, requires_grad=True)              # q, k and v
+
+    def result_and_gradient(attention, device):
+        output = attention(*inputs.to(device)).cpu()
+        gradient, = torch.autograd.grad(output.cos().sum(), inputs)
+        return output, gradient
+
+    ours = result_and_gradient(lambda q, k, v: clip.attend(q, k, v, causal), device)
+    fused = result_and_gradient(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), "cpu")
+    assert close(ours[0], fused[0])
+    assert close(ours[1], fused[1])
+
+
+def test_the_fused_form_is_used_off_the_cpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda q, k, v, is_causal: asked.append(is_causal))
+    q = torch.empty(1, 2, 4, 8, device="meta")
+    clip.attend(q, q, q, causal=True)
+    clip.attend(q, q, q, causal=False)
+    assert asked == [True, False]
+
+
 @torch.no_grad()
-def test_dense_attention_is_value_to_value_and_query_to_query(model):
-    attention, x = model.visual.transformer.resblocks[0].attn, torch.randn(2, 5, 128)
-    q, k, v = (x @ attention.in_proj_weight.T + attention.in_proj_bias).view(2, 5, 3, 2, 64).unbind(2)
-
-    def attend(a, b):
-        share = torch.einsum("blhd,bmhd->bhlm", a, b).div(8).softmax(-1)
-        return torch.einsum("bhlm,bmhd->blhd", share, v).flatten(2)
-
-    assert close(attention(x, "vv"), attention.out_proj(attend(v, v)))
-    assert close(attention(x, "qqkk"), attention.out_proj((attend(q, q) + attend(k, k)) / 2))
+def test_mlp_equals_openais_formula():
+    torch.manual_seed(0)
+    mlp = clip.MLP(32)
+    nn.init.normal_(mlp.c_fc.weight)
+    x = torch.randn(2, 5, 32)
+    hidden = mlp.c_fc(x)
+    assert close(mlp(x), mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden)))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 64), (48, 160), (224, 96)])
-@pytest.mark.parametrize("dense", ["plain", "vv", "qqkk"])
 @torch.no_grad()
-def test_patches_of_any_size(model, size, dense):
+def test_patches_of_any_size(model, size):
     before = model.visual.positional_embedding.clone()
     pixels = torch.randn(2, 3, *size)
-    levels, features = model.encode_patches(pixels, [3, 1], dense)
+    levels, features = model.encode_patches(pixels, [3, 1])
     h, w = model.visual.grid(pixels)
     assert (h, w) == (size[0] // 16, size[1] // 16)
     assert [level.shape for level in levels] == [(2, h * w, 128)] * 2
-    assert features.shape == (2, h * w, 48) and features.isfinite().all()
-    assert close(features[:1], model.encode_patches(pixels[:1], dense=dense)[1])
+    assert features.shape == (2, h * w, 48)
+
+    last = model.visual.ln_post(levels[0]) @ model.visual.proj         # level 3 is the last block
+    assert close(features, last)
+    assert close(features[:1], model.encode_patches(pixels[:1])[1])
     assert torch.equal(before, model.visual.positional_embedding)
-    expected = model.visual.ln_post(levels[0]) @ model.visual.proj     # level 3 is the last block
-    assert close(features, expected)
 
 
 @torch.no_grad()
-def test_interpolated_positions_keep_their_place(model):
-    own = model.visual.positions(4, 4)
-    assert torch.equal(own[0], model.visual.positional_embedding)
-    ramp = torch.arange(4.0).repeat(4)                                  # grows to the right only
-    model = clip.build(model.state_dict())
+def test_interpolated_positions_keep_their_place(weights):
+    model = clip.build(weights)
+    assert torch.equal(model.visual.positions(4, 4)[0], model.visual.positional_embedding)
+
+    ramp = torch.arange(4.0).repeat(4)                         # grows to the right only
     model.visual.positional_embedding[1:] = ramp[:, None]
     grid = model.visual.positions(4, 8)[0, 1:, 0].view(4, 8)
-    assert close(grid, grid[:1].expand(4, 8)) and (grid[0].diff() > 0).all()
+    assert close(grid, grid[:1].expand(4, 8))
+    assert (grid[0].diff() > 0).all()
     assert close(grid.mean(), ramp.mean(), 1e-3)
 
 
@@ -123,64 +220,78 @@ def test_sizes_that_do_not_fit_are_an_error(model, size):
         model.encode_image(torch.zeros(1, 3, *size))
 
 
-def test_levels_that_do_not_exist_are_an_error(model):
-    for level in (0, 4, -1):
-        with pytest.raises(ValueError, match="from 1 to 3"):
-            model.encode_patches(torch.zeros(1, 3, 64, 64), [level])
+@pytest.mark.parametrize("level", [0, 4, -1])
+def test_levels_that_do_not_exist_are_an_error(model, level):
+    with pytest.raises(ValueError, match="from 1 to 3"):
+        model.encode_patches(torch.zeros(1, 3, 64, 64), [level])
 
 
 @torch.no_grad()
 def test_short_prompts_equal_77_tokens(model, reference):
     tokens = reference["input/token_ids"]
-    embeddings, end = model.token_embedding(tokens), tokens.argmax(-1)
-    short = model.encode_prompts(embeddings[:, :int(end.max()) + 1], end)
-    assert close(short, model.encode_text(tokens))
-    for row in range(len(tokens)):                        # its own length, and `end` as a plain int
-        one = model.encode_prompts(embeddings[row:row + 1, :end[row] + 1], int(end[row]))
-        assert close(one, reference["output/text_features"][row:row + 1])
-    embeddings[:, int(end.max()) + 1:] = 1e3              # what follows the end changes nothing
-    assert close(model.encode_prompts(embeddings, end), short)
+    expected = reference["output/text_features"]
+    embeddings = model.token_embedding(tokens)
+    end = tokens.argmax(dim=-1)
+    length = int(end.max()) + 1
+    assert close(model.encode_prompts(embeddings[:, :length], end), expected)
+
+    for row in range(len(tokens)):                             # its own length, `end` a plain int
+        own = embeddings[row:row + 1, :end[row] + 1]
+        assert close(model.encode_prompts(own, int(end[row])), expected[row:row + 1])
+
+    embeddings[:, length:] = 1e3                               # what follows the end says nothing
+    assert close(model.encode_prompts(embeddings, end), expected)
 
 
-# ------------------------------------------------------------------------------------- tokenizer
+@torch.no_grad()
+def test_the_stem_sees_noise_and_starts_at_zero():
+    torch.manual_seed(0)
+    stem = clip.Stem((8, 16, 24), 64)
+    pixels = torch.randn(2, 3, 32, 48)
+    assert torch.equal(stem(pixels), torch.zeros(2, 64, 2, 3))
 
-@needs_vocabulary
-def test_ids_equal_openais():
-    for entry in json.loads((HERE / "clip_tokens.json").read_text()):
-        ids = [49406, *entry["ids"], 49407]
-        if len(ids) <= 77:
-            row = clip.tokenize(entry["text"], cache=FOLDER)[0].tolist()
-            assert row == ids + [0] * (77 - len(ids)), entry["text"]
-
-
-@needs_vocabulary
-def test_long_texts_are_an_error_or_cut():
-    text = "a " * 75
-    assert clip.tokenize(text, cache=FOLDER)[0, -1] == 49407          # exactly 77 fit
-    with pytest.raises(ValueError, match=r"78 tokens.*'a a a "):
-        clip.tokenize(["short", text + "a"], cache=FOLDER)
-    assert clip.tokenize(text + "b c", truncate=True, cache=FOLDER).equal(clip.tokenize(text, cache=FOLDER))
-    assert clip.tokenize("a b c", 3, truncate=True, cache=FOLDER).tolist() == [[49406, 320, 49407]]
+    nn.init.normal_(stem[-1].weight)
+    assert not close(stem(pixels)[0], stem(pixels)[1], 0.1)
+    assert close(stem(torch.full_like(pixels, 0.3)), stem(torch.zeros_like(pixels)))   # flat
 
 
-def test_bytes_alone_need_no_vocabulary(monkeypatch):
-    monkeypatch.setattr(clip, "fetch", None)
-    assert clip.tokenize("Ab!", 8, vocab_size=514).tolist() == [[512, 64, 65 + 256, 256, 513, 0, 0, 0]]
-    assert clip.tokenize("", 4, vocab_size=514).tolist() == [[512, 513, 0, 0]]
-    every = clip.Tokenizer(514)
-    text = "".join(map(chr, range(0x3000))) + "😀👩‍👩‍👧‍👦"
-    assert {every.ids[symbol] for symbol in every.pieces(text)} <= set(range(514))
+# ------------------------------------------------------------------------------------------ LoRA
+
+def test_lora_starts_as_the_identity_trains_alone_and_merges(weights, reference):
+    torch.manual_seed(0)
+    model = clip.build(weights)
+    pixels = reference["input/pixels"]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = model.encode_image(pixels).detach()
+
+    added = clip.add_lora(model.visual, rank=4, alpha=8)       # 3 blocks, A and B
+    assert [tuple(p.shape) for p in added] == [(4, 128), (384, 4)] * 3
+    assert torch.equal(model.encode_image(pixels), plain)
+
+    optimizer = torch.optim.SGD(added, lr=0.1)
+    for _ in range(2):                                         # A has a gradient once B is not 0
+        optimizer.zero_grad()
+        model.encode_image(pixels).square().mean().backward()
+        optimizer.step()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora." in name}
+    assert all(p.grad.abs().sum() > 0 for p in added)
+    tuned = model.encode_image(pixels).detach()
+    assert not close(tuned, plain, 1e-4)
+
+    clip.merge_lora(model)
+    assert close(model.encode_image(pixels), tuned)
+    state = model.state_dict()
+    assert state.keys() == before.keys()
+    changed = {key for key in state if not torch.equal(state[key], before[key])}
+    assert changed == {f"visual.transformer.resblocks.{i}.attn.in_proj_weight" for i in range(3)}
 
 
-def test_merges_in_the_order_they_were_learned(monkeypatch, tmp_path):
-    merges = "#version: 0\nl o\nlo w</w>\ne r\no w\n"
-    (tmp_path / NAME).write_bytes(gzip.compress(merges.encode()))
-    monkeypatch.setattr(clip, "VOCABULARY_SHA256", hashlib.sha256((tmp_path / NAME).read_bytes()).hexdigest())
-    tokenizer = clip.Tokenizer(518, tmp_path)
-    assert tokenizer.pieces("low lower <|endoftext|>")[1:-1] == [
-        "low</w>", "lo", "w", "e", "r</w>", "<|endoftext|>"]
-    assert tokenizer.ids["lo"] == 512 and tokenizer.ids["<|endoftext|>"] == 517
-    assert clip.Tokenizer(513 + 2, tmp_path).pieces("low")[1:-1] == ["lo", "w</w>"]
+@torch.no_grad()
+def test_lora_is_the_stated_product():
+    change = clip.LoRA(torch.zeros(6, 4), rank=2, alpha=6)
+    change.B.normal_()
+    assert close(change(torch.eye(4)).T, 3 * change.B @ change.A)
 
 
 # ------------------------------------------------------------------------------ files of weights
@@ -199,8 +310,8 @@ class Official(nn.Module):
                 module = getattr(module, part)
             value = value.float() if "ln_" in key else value.half()
             module.register_parameter(name, nn.Parameter(value))
-        for name, value in dict(input_resolution=64, context_length=77, vocab_size=600).items():
-            self.register_buffer(name, torch.tensor(value))
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            self.register_buffer(name, torch.tensor(77))
 
     def forward(self, x):
         return x * self.logit_scale
@@ -208,6 +319,7 @@ class Official(nn.Module):
 
 @pytest.fixture(scope="module")
 def official(weights, tmp_path_factory):
+    """An archive as OpenAI publishes them."""
     path = tmp_path_factory.mktemp("official") / "ViT.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -215,32 +327,32 @@ def official(weights, tmp_path_factory):
     return path
 
 
-def test_torchscript_archive(official, weights, reference):
+def test_torchscript_archive(official, reference, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = torch.jit.load(official).state_dict()
+    monkeypatch.setattr(torch.jit, "load", None)               # they would run the file's code
+    monkeypatch.setattr(torch, "load", None)
+
     ours = clip.read_archive(official)
-    assert ours.keys() == theirs.keys() and len(ours) == len(weights) + 3
-    assert all(ours[k].dtype == v.dtype and torch.equal(ours[k], v) for k, v in theirs.items())
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype and torch.equal(ours[key], value)
+
     model = clip.load(official)
     assert model.name == str(official) and not model.training
     assert model.sha256 == hashlib.sha256(official.read_bytes()).hexdigest()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():
-        assert close(model.encode_image(reference["input/pixels"]), reference["output/image_features"])
-
-
-def test_nothing_of_torch_jit_is_used():
-    assert "jit.load" not in Path(clip.__file__).read_text()
-    assert "torch.load" not in Path(clip.__file__).read_text()
+        features = model.encode_image(reference["input/pixels"])
+    assert close(features, reference["output/image_features"])
 
 
 def test_state_dicts_and_checkpoints(tmp_path, weights):
     expected = clip.build(weights).state_dict()
-    for content in (weights, clip.build(weights).state_dict(),
-                    {"format": 1, "clip": weights, "model": {"ecpl.bias": torch.zeros(())}, "epoch": 3,
-                     "config": {"levels": [1, 2], "lr": 1e-3, "tune": None},
-                     "rng": torch.get_rng_state(), "optimizer": {"state": {0: {"step": 1}}}}):
+    checkpoint = {"format": 2, "clip": weights, "config": {"levels": (1, 2), "tune": None},
+                  "model": {"bias": torch.zeros(())}, "optimizer": {"state": {0: {"step": 1}}}}
+    for content in (weights, expected, checkpoint):
         torch.save(content, tmp_path / "w.pt")
         state = clip.load(tmp_path / "w.pt").state_dict()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -254,51 +366,43 @@ def test_strides_offsets_types_and_sharing(tmp_path):
     torch.save(tensors, tmp_path / "t.pt")
     read = clip.read_archive(tmp_path / "t.pt")
     for key, value in tensors.items():
-        assert torch.equal(read[key], value) and read[key].stride() == value.stride()
-        assert read[key].dtype == value.dtype and read[key].storage_offset() == value.storage_offset()
-    read["t"][0, 0] = -1                                      # one storage, seen by all its views
-    assert read["t"].untyped_storage().data_ptr() == read["step"].untyped_storage().data_ptr()
+        assert torch.equal(read[key], value)
+        assert read[key].dtype == value.dtype
+        assert read[key].stride() == value.stride()
+        assert read[key].storage_offset() == value.storage_offset()
+    own = read["t"].untyped_storage()                          # one storage for all its views
+    assert own.data_ptr() == read["step"].untyped_storage().data_ptr()
 
 
-def rewrite(source, target, change):
-    """Copy an archive, entry by entry; `change` maps (name in the archive, bytes) to bytes or None."""
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
-        for info in old.infolist():
-            data = change(info.filename.partition("/")[2], old.read(info))
-            if data is not None:
-                new.writestr(info.filename, data)
-    return target
+def tensor_program(length=4, shape=(4,), stride=(1,), offset=0, key="0"):
+    """The pickle of {"w": tensor} as torch writes it, with any numbers in it."""
+    class Tensor:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (
+                "the storage", offset, shape, stride, False, OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x):
+            if x == "the storage":
+                return "storage", torch.FloatStorage, key, "cpu", length
+
+    file = io.BytesIO()
+    Pickler(file, protocol=2).dump({"w": Tensor()})
+    return file.getvalue()
 
 
-def test_big_endian_archives(tmp_path):
-    tensors = dict(a=torch.randn(3, 5), b=torch.randn(4).half(), c=torch.tensor([1, -2]))
-    torch.save(tensors, tmp_path / "little.pt")
-    sizes = {"data/0": 4, "data/1": 2, "data/2": 8}
-
-    def swap(name, data):
-        if name in sizes:
-            return np.frombuffer(data, np.uint8).reshape(-1, sizes[name])[:, ::-1].tobytes()
-        return b"big" if name == "byteorder" else data
-
-    read = clip.read_archive(rewrite(tmp_path / "little.pt", tmp_path / "big.pt", swap))
-    assert all(torch.equal(read[key], tensors[key]) for key in tensors)
+def write_archive(path, entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
 
 
-def tensor_program(length=4, shape=(4,), stride=(1,), offset=0, key="0", name="w"):
-    """The pickle of {name: tensor} as torch writes it, with any numbers in it."""
-    def number(n):
-        return b"J" + struct.pack("<i", n) if abs(n) < 2 ** 31 else b"\x8a\x08" + struct.pack("<q", n)
-
-    def text(s):
-        return b"X" + struct.pack("<I", len(s.encode())) + s.encode()
-
-    def numbers(values):
-        return b"(" + b"".join(map(number, values)) + b"t"
-
-    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + number(length)
-    tensor = (b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage[1:] + b"tQ" + number(offset)
-              + numbers(shape) + numbers(stride) + b"\x89ccollections\nOrderedDict\n)RtR")
-    return b"\x80\x02}" + text(name) + tensor + b"s."
+def test_tensor_program_is_what_torch_writes(tmp_path):
+    program = tensor_program(shape=(2, 2), stride=(1, 2))
+    storage = torch.arange(4.0).numpy().tobytes()
+    path = write_archive(tmp_path / "w.pt", {"w/data.pkl": program, "w/data/0": storage})
+    assert clip.read_archive(path)["w"].tolist() == [[0, 2], [1, 3]]
 
 
 class Evil:
@@ -323,289 +427,268 @@ HOSTILE = {
     "absolute path": (tensor_program(key="/etc/passwd"), "etc/passwd"),
     "absurd memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "absurd memory"),
     "absurd bytes": (b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.", "no readable archive"),
-    "dictionary in itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "."),
+    "dictionary twice in itself": (
+        b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "no CLIP"),
     "no end": (b"\x80\x02}", "no readable archive"),
     "empty": (b"", "no readable archive"),
-    "no dictionary": (b"\x80\x02K\x01.", "."),
+    "no dictionary": (b"\x80\x02K\x01.", "no CLIP"),
 }
-
-
-def hostile_archive(path, program):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("w/data.pkl", program)
-        archive.writestr("w/data/0", np.zeros(4, np.float32).tobytes())
-        archive.writestr("w/byteorder", "little")
-    return path
 
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_pickles(tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    with pytest.raises(ValueError, match=HOSTILE[what][1]) as error:
-        clip.load(hostile_archive(tmp_path / "hostile.pt", HOSTILE[what][0]))
+    program, message = HOSTILE[what]
+    path = write_archive("hostile.pt", {"w/data.pkl": program, "w/data/0": bytes(16)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message) as error:
+        clip.load(path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10      # KiB
-    assert time.perf_counter() - start < 2
-    assert sorted(os.listdir()) == ["hostile.pt"]
+    assert os.listdir() == ["hostile.pt"]
 
 
-def test_the_tensors_of_the_helper_are_read(tmp_path):
-    path = hostile_archive(tmp_path / "fine.pt", tensor_program(shape=(2, 2), stride=(2, 1)))
-    assert clip.read_archive(path)["w"].tolist() == [[0, 0], [0, 0]]
+DAMAGE = {
+    "truncated": lambda content: content[:len(content) // 2],
+    "overwritten": lambda content: content[:20_000] + b"damage" + content[20_006:],
+    "not a zip": lambda content: b"\x80\x02}q\x00." * 100,
+    "empty": lambda content: b"",
+}
 
 
-def damaged_zip(official, path, damage):
-    data = official.read_bytes()
-    if damage == "truncated":
-        path.write_bytes(data[:len(data) // 2])
-    elif damage == "not a zip":
-        path.write_bytes(b"\x80\x02}q\x00." * 100)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "short storage":
-        rewrite(official, path, lambda name, data: data[:-4] if name == "data/4" else data)
-    elif damage == "no storage":
-        rewrite(official, path, lambda name, data: None if name == "data/4" else data)
-    elif damage == "no index":
-        rewrite(official, path, lambda name, data: None if name == "data.pkl" else data)
-    elif damage == "bomb":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("w/data.pkl", tensor_program(2 ** 24, (2 ** 24,)))
-            archive.writestr("w/data/0", bytes(2 ** 26))
-    return path
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(tmp_path, official, damage):
+    (tmp_path / "w.pt").write_bytes(DAMAGE[damage](official.read_bytes()))
+    with pytest.raises(ValueError, match="w.pt: no readable archive") as error:
+        clip.load(tmp_path / "w.pt")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not a zip", "empty", "short storage", "no storage",
-                                    "no index", "bomb"])
-def test_damaged_archives(tmp_path, official, damage):
-    with pytest.raises(ValueError, match="no readable archive") as error:
-        clip.load(damaged_zip(official, tmp_path / "w.pt", damage))
-    assert "\n" not in str(error.value) and "w.pt" in str(error.value)
+INCOMPLETE = {
+    "no index": {"w/data/0": bytes(16)},
+    "two indices": {"v/data.pkl": tensor_program(), "w/data.pkl": tensor_program()},
+    "no storage": {"w/data.pkl": tensor_program()},
+    "short storage": {"w/data.pkl": tensor_program(), "w/data/0": bytes(12)},
+    "compressed": {"w/data.pkl": tensor_program(), "w/data/0": bytes(16)},
+    "bomb": {"w/data.pkl": tensor_program(2 ** 24, (2 ** 24,)), "w/data/0": bytes(2 ** 26)},
+}
 
 
-def changed(weights, **changes):
-    """The weights with some replaced, added, or (None) left out; `__` stands for a dot."""
-    state = dict(weights)
-    for key, value in changes.items():
-        state[key.replace("__", ".")] = value
-    return {key: value for key, value in state.items() if value is not None}
+@pytest.mark.parametrize("what", INCOMPLETE)
+def test_incomplete_and_compressed_archives(tmp_path, what):
+    compression = zipfile.ZIP_DEFLATED if what in ("compressed", "bomb") else zipfile.ZIP_STORED
+    path = write_archive(tmp_path / "w.pt", INCOMPLETE[what], compression)
+    with pytest.raises(ValueError, match="w.pt: no readable archive"):
+        clip.load(path)
 
 
-def test_weights_that_do_not_fit(weights):
-    def bad(match, **changes):
-        state = changed(weights, **changes)
-        with pytest.raises(ValueError, match=match) as error:
+MISFITS = {                                    # what is replaced, added, or (None) left out
+    "ln_final.bias": {"ln_final.bias": None},
+    "surplus.*expected none": {"surplus": torch.zeros(3)},
+    "visual.proj": {"visual.proj": torch.zeros(100, 48)},
+    "ResNet.*visual.conv1.weight": {"visual.conv1.weight": None},
+    "visual.class_embedding": {"visual.class_embedding": torch.zeros(())},
+    "odd: tuple index": {"visual.conv1.weight": torch.zeros(())},
+    "odd: .*zero": {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)},
+    "positional_embedding": {"visual.positional_embedding": torch.zeros(18, 128)},
+    "NaN.*ln_post.bias": {"visual.ln_post.bias": torch.full((128,), math.nan)},
+    "infinity.*text_projection": {"text_projection": torch.eye(64, 48).log()},
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_weights_that_do_not_fit(weights, message):
+    state = {key: x for key, x in (weights | MISFITS[message]).items() if x is not None}
+    with pytest.raises(ValueError, match=message) as error:
+        clip.build(state)
+    assert "\n" not in str(error.value)
+
+
+def test_resnets_are_refused(weights):
+    resnet = {key: x for key, x in weights.items() if not key.startswith("visual.")}
+    resnet["visual.layer1.0.conv1.weight"] = torch.zeros(8, 8, 1, 1)
+    for state in (resnet, {}):
+        with pytest.raises(ValueError, match="ResNet"):
             clip.build(state)
-        assert "\n" not in str(error.value)
-
-    bad("ln_final.bias", ln_final__bias=None)
-    bad("surplus.*expected none", surplus=torch.zeros(3))
-    bad("visual.proj", visual__proj=torch.zeros(100, 48))
-    bad("ResNet.*visual.conv1.weight", visual__conv1__weight=None)
-    bad("odd: tuple index", visual__class_embedding=torch.zeros(()))
-    bad("ResNet|found", visual__conv1__weight=torch.zeros(128, 3, 0, 0))
-    bad("positional_embedding", visual__positional_embedding=torch.zeros(18, 128))
-    bad("NaN.*ln_post.bias", visual__ln_post__bias=torch.full((128,), math.nan))
-    bad("infinity.*text_projection", text_projection=torch.full((64, 48), -math.inf))
-    bad("ResNet", **{key.replace(".", "__"): None for key in weights if key.startswith("visual.")},
-        visual__layer1__0__conv1__weight=torch.zeros(8, 8, 1, 1))
-    with pytest.raises(ValueError, match="ResNet"):
-        clip.build({})
 
 
-def test_building_copies_unless_released(weights):
-    state = {key: value.float() for key, value in weights.items()}
-    model = clip.build(state)
-    model.visual.proj.data.zero_()
-    assert state["visual.proj"].abs().sum() > 0 and len(state) == len(weights)
-    clip.build(state, release=True)
-    assert not state
-
-
-def test_the_stem_and_any_size_are_inferred():
+@pytest.mark.parametrize("stem", [(), (8, 16, 24)])
+@torch.no_grad()
+def test_the_stem_and_any_size_are_inferred(stem):
     torch.manual_seed(0)
-    sizes = dict(embed_dim=32, image_resolution=96, vision_layers=2, vision_width=64,
-                 vision_patch_size=16, context_length=20, vocab_size=514, transformer_width=64,
-                 transformer_layers=1)
-    for stem in ((), (8, 16, 24)):
-        model = clip.CLIP(**sizes, stem=stem).eval()
-        torch.nn.init.normal_(model.visual.conv1.weight if not stem else model.visual.stem[-1].weight)
-        copy = clip.build(model.state_dict())
-        assert copy.visual.patch_size == 16 and copy.context_length == 20
-        pixels = torch.randn(2, 3, 32, 48)
-        with torch.no_grad():
-            assert torch.equal(copy.encode_patches(pixels)[1], model.encode_patches(pixels)[1])
+    model = clip.CLIP(embed_dim=32, image_resolution=96, vision_layers=2, vision_width=64,
+                      vision_patch_size=16, context_length=20, vocab_size=514,
+                      transformer_width=64, transformer_layers=1, stem=stem).eval()
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    copy = clip.build(model.state_dict())
+    assert copy.visual.patch_size == 16 and copy.context_length == 20
+    pixels = torch.randn(2, 3, 32, 48)
+    assert torch.equal(copy.encode_patches(pixels)[1], model.encode_patches(pixels)[1])
+
+    expected = model.encode_image(pixels)                      # a copy: its weights are its own
+    copy.visual.proj.zero_()
+    assert torch.equal(model.encode_image(pixels), expected)
 
 
-OPENAIS = {"ViT-B/32": (512, 224, 12, 768, 32, 512, 151_277_313), "ViT-B/16": (512, 224, 12, 768, 16, 512, 149_620_737),
-           "ViT-L/14": (768, 224, 24, 1024, 14, 768, 427_616_513), "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 427_944_193)}
+# embed_dim, pixels, image blocks and width, patch, text width, parameters as OpenAI published them
+OPENAIS = {"ViT-B/32": (512, 224, 12, 768, 32, 512, 151_277_313),
+           "ViT-B/16": (512, 224, 12, 768, 16, 512, 149_620_737),
+           "ViT-L/14": (768, 224, 24, 1024, 14, 768, 427_616_513),
+           "ViT-L/14@336px": (768, 336, 24, 1024, 14, 768, 427_944_193)}
 
 
 @pytest.mark.parametrize("name", OPENAIS)
 def test_sizes_of_the_official_models(name):
     embed, side, layers, width, patch, text, count = OPENAIS[name]
     with torch.device("meta"):
-        model = clip.CLIP(embed_dim=embed, image_resolution=side, vision_layers=layers, vision_width=width,
-                          vision_patch_size=patch, context_length=77, vocab_size=49408,
-                          transformer_width=text, transformer_layers=12)
+        model = clip.CLIP(embed_dim=embed, image_resolution=side, vision_layers=layers,
+                          vision_width=width, vision_patch_size=patch, context_length=77,
+                          vocab_size=49408, transformer_width=text, transformer_layers=12)
         assert model.encode_image(torch.empty(1, 3, side, side)).shape == (1, embed)
-    assert sum(p.numel() for p in model.parameters()) == count      # OpenAI's, as published
+    assert sum(p.numel() for p in model.parameters()) == count
     assert model.visual.transformer.resblocks[0].attn.heads == width // 64
     assert len(clip.OFFICIAL[name]) == 64
 
 
-def test_names_that_do_not_exist(tmp_path):
-    for name in ("RN50", "ViT-B/8", str(tmp_path)):
-        with pytest.raises(ValueError, match="ViT-L/14@336px") as error:
-            clip.load(name)
-        assert name in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("name", ["RN50", "ViT-B/8", str(HERE)])
+def test_names_that_do_not_exist(name):
+    with pytest.raises(ValueError, match="ViT-L/14@336px") as error:
+        clip.load(name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_shipped_model_is_a_clip():
+    model = clip.load("tiny")
+    assert model.name == "tiny" and len(model.token_embedding.weight) == 514
+    assert model.encode_image(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
 # -------------------------------------------------------------------------------------- download
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Sends `content` as its path says: /whole, /slow, /cut, /wrong, /stall, /late (third time)."""
-    content, asked = bytes(range(256)) * 4096, []             # 1 MiB
-
-    def do_GET(self):
-        how, content = self.path.split("/")[1], self.content
-        self.asked.append(how)
-        if how == "missing":
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        try:
-            if how == "cut" or how == "late" and len(self.asked) < 3:
-                self.wfile.write(content[:99_999])
-                self.connection.close()
-            elif how == "stall":
-                self.wfile.write(content[:99_999])
-                time.sleep(0.5)
-            elif how == "slow":
-                for i in range(0, len(content), 1 << 16):
-                    self.wfile.write(content[i:i + (1 << 16)])
-                    time.sleep(0.01)
-            else:
-                self.wfile.write(content[::-1] if how == "wrong" else content)
-        except OSError:
-            pass                                              # the client has gone
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(clip.fetch, "__defaults__", (None, 0.2, (0, 0.01, 0.01)))     # impatient
+def web(monkeypatch, tmp_path):
+    """A folder and the address at which its files are served; tmp_path/cache is the cache."""
+    folder = tmp_path / "web"
+    folder.mkdir()
     monkeypatch.setenv("no_proxy", "*")
-    Server.asked.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-@pytest.mark.parametrize("how, times", [("whole", 1), ("slow", 1), ("late", 3)])
-def test_download(server, tmp_path, capsys, how, times):
-    sha256 = hashlib.sha256(Server.content).hexdigest()
-    for _ in range(2):                                        # the second call finds it
-        path = clip.fetch(f"{server}/{how}/file.pt", sha256, tmp_path / "new")
-        assert path.read_bytes() == Server.content
-    assert Server.asked == [how] * times and os.listdir(tmp_path / "new") == ["file.pt"]
-    assert "file.pt: 1,048,576 of 1,048,576 bytes" in capsys.readouterr().err
+def test_where_downloads_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CLIP_CACHE", raising=False)
+    assert clip.cache_folder() == tmp_path / ".cache" / "clip"
+    monkeypatch.setenv("CLIP_CACHE", "~/elsewhere")
+    assert clip.cache_folder() == tmp_path / "elsewhere"
 
 
-@pytest.mark.parametrize("how", ["cut", "wrong", "stall", "missing"])
-def test_failed_downloads_leave_nothing(server, tmp_path, how):
+def test_a_file_is_downloaded_once(web, tmp_path, capsys):
+    folder, url = web
+    content = bytes(range(256)) * 1024
+    sha256 = hashlib.sha256(content).hexdigest()
+    (folder / "file.pt").write_bytes(content)
+    path = clip.fetch(f"{url}/file.pt", sha256)
+    assert path.read_bytes() == content
+    assert "file.pt, 262,144 bytes" in capsys.readouterr().err
+
+    (folder / "file.pt").unlink()                              # now it must be found in the cache
+    assert clip.fetch(f"{url}/file.pt", sha256) == path
+    assert os.listdir(tmp_path / "cache") == ["file.pt"]
+
+
+@pytest.mark.parametrize("served", [b"short", b"", None])
+def test_failed_downloads_change_nothing(web, tmp_path, served):
+    folder, url = web
+    path = tmp_path / "cache" / "file.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"an older file")
+    if served is not None:                                     # else the server answers 404
+        (folder / "file.pt").write_bytes(served)
+
+    sha256 = hashlib.sha256(b"the right file").hexdigest()
     with pytest.raises(OSError) as error:
-        clip.fetch(f"{server}/{how}/file.pt", "0" * 64, tmp_path)
+        clip.fetch(f"{url}/file.pt", sha256)
     message = str(error.value)
-    assert "\n" not in message and "--clip tiny" in message and "0" * 64 in message
-    assert str(tmp_path / "file.pt") in message and f"{server}/{how}/file.pt" in message
-    assert Server.asked == [how] * 3 and os.listdir(tmp_path) == []
+    for part in ("--clip tiny", sha256, str(path), f"{url}/file.pt"):
+        assert part in message
+    assert "\n" not in message
+    assert os.listdir(path.parent) == ["file.pt"]
+    assert path.read_bytes() == b"an older file"
+
+    (folder / "file.pt").write_bytes(b"the right file")
+    assert clip.fetch(f"{url}/file.pt", sha256).read_bytes() == b"the right file"
 
 
-def test_damaged_files_in_the_cache_are_replaced(server, tmp_path):
-    (tmp_path / "file.pt").write_bytes(b"half")
-    with pytest.raises(OSError):
-        clip.fetch(f"{server}/cut/file.pt", "0" * 64, tmp_path)
-    assert (tmp_path / "file.pt").read_bytes() == b"half"     # until there is something better
-    sha256 = hashlib.sha256(Server.content).hexdigest()
-    assert clip.fetch(f"{server}/whole/file.pt", sha256, tmp_path).read_bytes() == Server.content
-
-
-def test_official_names_are_downloaded_once_and_checked(server, tmp_path, monkeypatch, official):
-    monkeypatch.setattr(Server, "content", official.read_bytes())
-    monkeypatch.setattr(clip, "MODELS", f"{server}")
-    sha256 = hashlib.sha256(official.read_bytes()).hexdigest()
+def test_official_names_are_downloaded_and_checked(web, tmp_path, monkeypatch, official):
+    folder, url = web
+    content = official.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    (folder / sha256).mkdir()                                  # as in OpenAI's addresses
+    (folder / sha256 / "ViT-L-14-336px.pt").write_bytes(content)
+    monkeypatch.setattr(clip, "MODELS", url)
     monkeypatch.setitem(clip.OFFICIAL, "ViT-L/14@336px", sha256)
-    for _ in range(2):
-        model = clip.load("ViT-L/14@336px", cache=tmp_path)
+    model = clip.load("ViT-L/14@336px")
     assert (model.name, model.sha256) == ("ViT-L/14@336px", sha256)
-    assert Server.asked == [sha256] and os.listdir(tmp_path) == ["ViT-L-14-336px.pt"]
+    assert os.listdir(tmp_path / "cache") == ["ViT-L-14-336px.pt"]
 
 
 def test_offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(clip.fetch, "__defaults__", (None, 1, (0, 0, 0)))
-    monkeypatch.setattr(clip, "MODELS", "http://127.0.0.1:9")          # nobody listens there
-    with pytest.raises(OSError, match="ViT-B-16.pt is missing.*--clip tiny") as error:
-        clip.load("ViT-B/16", cache=tmp_path)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip, "MODELS", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(OSError, match="found no .*ViT-B-16.pt.*--clip tiny") as error:
+        clip.load("ViT-B/16")
     assert clip.OFFICIAL["ViT-B/16"] in str(error.value) and "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ LoRA
+# -------------------------------------------------------------------------------- number formats
 
-def test_lora_starts_as_the_identity_trains_alone_and_merges(weights, reference):
-    torch.manual_seed(0)
-    model, pixels = clip.build(weights), reference["input/pixels"]
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    plain = model.encode_image(pixels).detach()
-    added = clip.add_lora(model.visual, rank=4, alpha=8)
-    assert len(added) == 3 * 2 * 2 and sum(p.numel() for p in added) == 3 * 4 * (128 + 384 + 128 + 128)
-    assert torch.equal(model.encode_image(pixels), plain)
-    optimizer = torch.optim.SGD(added, lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.encode_image(pixels).square().mean().backward()
-        optimizer.step()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in added)
-    trained = {id(p) for p in added}
-    assert all(p.grad is None and not p.requires_grad for p in model.visual.parameters() if id(p) not in trained)
-    tuned = model.encode_image(pixels).detach()
-    assert not close(tuned, plain, 1e-4)
-    clip.merge_lora(model)
-    assert close(model.encode_image(pixels), tuned)
-    state = model.state_dict()
-    assert state.keys() == before.keys()
-    assert {key for key in state if not torch.equal(state[key], before[key])} == {
-        f"visual.transformer.resblocks.{i}.attn.{name}" for i in range(3)
-        for name in ("in_proj_weight", "out_proj.weight")}
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(model, reference):
+    pixels = reference["input/pixels"]
+    tokens = reference["input/token_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        levels, patches = model.encode_patches(pixels, [1, 3])
+        image = model.encode_image(pixels)
+        text = model.encode_text(tokens)
+    assert [level.dtype for level in levels] == [torch.bfloat16] * 2
+
+    for half, full in ((patches, reference["output/patch_features"]),
+                       (image, reference["output/image_features"]),
+                       (text, reference["output/text_features"])):
+        assert not torch.equal(half.float(), full)
+        assert F.cosine_similarity(half.float(), full, dim=-1).min() > 0.999
 
 
-def test_lora_targets(weights):
-    assert len(clip.add_lora(clip.build(weights), 2, 2, ["c_fc", "c_proj"])) == (3 + 2) * 2 * 2
-    assert len(clip.add_lora(clip.build(weights).transformer, 2, 2, ["in_proj"])) == 2 * 2
-    change = clip.LoRA(torch.zeros(6, 4), rank=2, alpha=6)
-    with torch.no_grad():
-        change.B.normal_()
-        assert close(change(torch.eye(4)).T, 3 * change.B @ change.A)
+@pytest.mark.parametrize("amx, avx512, expected", [
+    (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)])
+def test_native_dtype_of_a_cpu(monkeypatch, amx, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert clip.native_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("capability, expected", [
+    ((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((10, 0), torch.bfloat16)])
+def test_native_dtype_of_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert clip.native_dtype(torch.device("cuda", 1)) == expected
+    assert clip.native_dtype(torch.device("mps")) == torch.float32
 
 
 # ---------------------------------------------------------------------------------------- lesson
 
-def test_the_lesson_needs_no_file(tmp_path):
-    run = subprocess.run([sys.executable, clip.__file__, "two", "cats"], capture_output=True, text=True,
-                         env={**os.environ, "HOME": str(tmp_path)}, cwd=tmp_path)
-    assert run.returncode == 0 and run.stderr == "", run.stderr
-    assert "no vocabulary in" in run.stdout and "t 83 | w 86 | o</w> 334" in run.stdout
-    assert "(1, 196, 512)" in run.stdout and "86,192,640" in run.stdout
+def test_the_lesson_runs(tmp_path):
+    environment = os.environ | {"CLIP_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, clip.__file__], capture_output=True, text=True,
+                         env=environment, cwd=tmp_path, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) > 5
     assert os.listdir(tmp_path) == []
-
-
-def test_normalize():
-    image = torch.tensor(clip.MEAN).view(1, 3, 1, 1).expand(2, 3, 4, 4)
-    assert close(clip.normalize(image), torch.zeros(2, 3, 4, 4), 1e-6)
-    white = clip.normalize(torch.ones(1, 3, 1, 1)).flatten()
-    assert close(white, torch.tensor([1.9303, 2.0749, 2.1459]), 1e-4)

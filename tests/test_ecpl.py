@@ -1,46 +1,72 @@
-"""ECPL: edges, prompts, map, score, regions: references and properties."""
+"""ECPL and SAPL: edges, prompts, map, score, regions, checkpoints: references and properties."""
+import math
+import os
+
+import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import clip
 import ecpl
-
-SETTINGS = dict(levels=(1, 2), context=4, class_words=ecpl.CLASSES, edge_source="image",
-                prompts="enhanced", dense="plain", rho=0.1, zoom=1)
+import mini
 
 
-def picture(B=2, side=64):
+def pictures(B=2, side=64):
+    """One colour each with a rectangle of another, and noise: (B, 3, side, side) in [0, 1]."""
     torch.manual_seed(1)
     image = torch.rand(B, 3, 1, 1).expand(B, 3, side, side).clone()
     image[..., 16:40, 20:50] = torch.rand(B, 3, 1, 1)
     return (image + 0.02 * torch.randn(B, 3, side, side)).clamp(0, 1)
 
 
+@torch.no_grad()
+def moved(model):
+    """The model as if trained a little: what starts at zero is no longer zero."""
+    torch.manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def make_ecpl(reads=True):
+    """(CLIP, an ECPL of two levels); `reads`: its prompts follow the picture."""
+    tower = mini.mini_clip()
+    module = ecpl.ECPL(tower, levels=2, context=4).eval()
+    if reads:
+        nn.init.normal_(module.attention.out_proj.weight)
+    return tower, module
+
+
+# ----------------------------------------------------------------------------------------- edges
+
 def test_sobel_equals_the_formula_pixel_by_pixel():
-    x = torch.rand(1, 1, 5, 6)
-    pad = F.pad(x, (1, 1, 1, 1), mode="replicate")[0, 0]
-    for i in range(5):
-        for j in range(6):
-            a = pad[i:i + 3, j:j + 3]
-            gx = (a[0, 0] + 2 * a[1, 0] + a[2, 0] - a[0, 2] - 2 * a[1, 2] - a[2, 2]) / 8
-            gy = (a[0, 0] + 2 * a[0, 1] + a[0, 2] - a[2, 0] - 2 * a[2, 1] - a[2, 2]) / 8
-            length = (gx ** 2 + gy ** 2).sqrt().item()
-            assert ecpl.sobel(x)[0, 0, i, j].item() == pytest.approx(length, abs=1e-6)
+    torch.manual_seed(0)
+    x = torch.rand(2, 2, 5, 6)
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    found = ecpl.sobel(x)
+    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]) / 8
+    for b, k, i, j in np.ndindex(*x.shape):
+        window = padded[b, k, i:i + 3, j:j + 3]
+        gx = (kernel * window).sum()
+        gy = (kernel.T * window).sum()
+        assert found[b, k, i, j].item() == pytest.approx(math.hypot(gx, gy), abs=1e-6)
 
 
 def test_soft_edges_ignore_contrast_and_brightness():
-    image = picture() * 0.8 + 0.1
+    image = pictures() * 0.8 + 0.1
     edge = ecpl.soft_edges(image)
     assert edge.min() >= 0 and edge.max() < 1
-    assert (ecpl.soft_edges(image * 0.5) - edge).abs().mean() < 0.02          # darker
-    assert torch.allclose(ecpl.soft_edges(image + 0.1), edge, atol=1e-4)      # brighter
+    assert (ecpl.soft_edges(image * 0.5) - edge).abs().mean() < 0.02           # darker
+    assert torch.allclose(ecpl.soft_edges(image + 0.1), edge, atol=1e-4)       # brighter
 
 
-def test_soft_edges_of_a_constant_picture_are_zero():
-    for value in (0.0, 0.3, 1.0):
-        edge = ecpl.soft_edges(torch.full((1, 3, 32, 32), value))
-        assert torch.isfinite(edge).all() and edge.max() < 1e-3
+@pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
+def test_soft_edges_of_a_constant_picture_are_zero(value):
+    assert ecpl.soft_edges(torch.full((1, 3, 32, 32), value)).max() < 1e-3
 
 
 def test_pooled_edges_point_at_the_outline():
@@ -54,25 +80,6 @@ def test_pooled_edges_point_at_the_outline():
     assert edges[3:5, 3:5].max() < 0.01 and edges[0].max() < 0.01
 
 
-def test_flat_patches_say_nothing_to_the_prompts(mini):
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    torch.nn.init.normal_(model.learner.attention.out_proj.weight, std=1 / ecpl.WORD)
-    features, weight = [torch.randn(1, 16, 64) for _ in range(2)], torch.zeros(1, 16)
-    quiet = model.learner(mini, features, weight)
-    assert torch.allclose(model.learner(mini, [-3 * x for x in features], weight), quiet, atol=1e-5)
-    assert not torch.allclose(model.learner(mini, features, weight + 0.5), quiet, atol=1e-3)
-
-
-def test_enhanced_features_are_the_features_where_there_are_no_edges(mini):
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    torch.nn.init.normal_(model.learner.attention.out_proj.weight, std=1 / ecpl.WORD)
-    levels = [torch.randn(2, 16, 64) for _ in range(2)]
-    quiet, loud = (model.text_features(mini, levels, edges, 4, 4)
-                   for edges in (torch.zeros(2, 16), torch.rand(2, 16)))
-    assert torch.equal(quiet, model.learner(mini, levels))
-    assert not torch.allclose(quiet, loud, atol=1e-3)
-
-
 def test_feature_variation_is_large_only_at_the_boundary():
     features = torch.zeros(1, 36, 5)
     features.view(1, 6, 6, 5)[:, :, 3:] = 1
@@ -81,150 +88,458 @@ def test_feature_variation_is_large_only_at_the_boundary():
     assert variation[:, :2].max() < 1e-6 and variation[:, 4:].max() < 1e-6
 
 
-def test_starts_as_the_plain_learned_prompt(mini):
-    torch.manual_seed(3)
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    plain = ecpl.ECPL(mini, **SETTINGS | {"prompts": "plain"}).eval()
-    plain.learner.context.data.copy_(model.learner.context)
-    image = picture()
-    assert torch.allclose(model(mini, image).logits, plain(mini, image).logits, atol=1e-5)
+# ------------------------------------------------------------------------------------------ ECPL
+
+def test_enhanced_features_are_the_features_where_there_are_no_edges():
+    torch.manual_seed(0)
+    _, module = make_ecpl()
+    levels = [torch.randn(2, 16, 64), torch.randn(2, 16, 64)]
+    edges = torch.rand(2, 16)
+    edges[:, :8] = 0
+    for x, enhanced in zip(levels, module.enhance(levels, edges, 4, 4)):
+        assert torch.equal(enhanced[:, :8], x[:, :8])
+        variation = ecpl.feature_variation(x, 4, 4)
+        assert torch.allclose(enhanced, x + edges[..., None] * variation)
+        assert not torch.allclose(enhanced[:, 8:], x[:, 8:], atol=0.01)
 
 
-def test_zoom_shows_the_tower_an_enlarged_picture(mini):
-    plain = SETTINGS | {"prompts": "plain"}
-    torch.manual_seed(3)
-    model = ecpl.ECPL(mini, **plain).eval()
-    torch.manual_seed(3)
-    zoomed = ecpl.ECPL(mini, **plain | {"zoom": 2}).eval()
-    image = picture()
-    out = zoomed(mini, image)
-    assert zoomed.cell == 8 and out.logits.shape == (2, 8, 8) and out.edges.shape == (2, 64)
-    large = F.interpolate(image, scale_factor=2, mode="bilinear")
-    assert torch.allclose(out.logits, model(mini, large).logits, atol=1e-4)
-    with pytest.raises(ValueError, match="zoom 3"):
-        ecpl.ECPL(mini, **plain | {"zoom": 3})
+def test_starts_as_the_plain_learned_prompt():
+    tower, module = make_ecpl(reads=False)
+    plain = module.encode(tower, module.context.flatten(0, 1)[None])           # (1, C, D)
+    levels = [torch.randn(3, 16, 64), torch.randn(3, 16, 64)]
+    text = module(tower, levels, torch.rand(3, 16), 4, 4)
+    assert torch.allclose(text, plain.expand(3, -1, -1), atol=1e-6)
 
 
-def test_text_features_equal_the_tower_on_the_full_77_tokens(mini):
-    model = ecpl.ECPL(mini, **SETTINGS | {"prompts": "plain"}).eval()
-    text = model.learner(mini, None)
+def test_text_features_equal_the_tower_on_the_full_77_tokens():
+    tower, module = make_ecpl()
+    prompts = torch.randn(3, 8, 64)                                            # (B, C * M, Dt)
+    text = module.encode(tower, prompts)
     for c, word in enumerate(ecpl.CLASSES):
         ids = clip.tokenize([word], vocab_size=514)
-        start, rest = mini.token_embedding(ids)[:, :1], mini.token_embedding(ids)[:, 1:73]
-        sentence = torch.cat([start, model.learner.context[c][None], rest], dim=1)
+        words = tower.token_embedding(ids).expand(3, -1, -1)
+        own = prompts[:, 4 * c:4 * c + 4]
+        sentence = torch.cat([words[:, :1], own, words[:, 1:73]], dim=1)
         assert sentence.shape[1] == 77
-        reference = mini.encode_prompts(sentence, int(ids.argmax()) + 4)
-        assert torch.allclose(F.normalize(reference, dim=-1), text[:, c], atol=1e-5)
+        expected = tower.encode_prompts(sentence, int(ids.argmax()) + 4)
+        assert torch.allclose(text[:, c], F.normalize(expected, dim=-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("prompts", ["enhanced", "edges", "patches", "plain", "none"])
-def test_gradients_reach_ecpl_and_nothing_of_clip(mini, prompts):
-    mini.requires_grad_(False)
-    model = ecpl.ECPL(mini, **SETTINGS | {"prompts": prompts})
-    for step in range(2):           # the zero-initialised maps let gradients through from step 2
-        out = model(mini, picture())
-        loss = F.binary_cross_entropy_with_logits(out.score_logit, torch.tensor([0.0, 1.0]))
-        loss.backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= 0.1 * p.grad
-    assert all(p.grad is None for p in mini.parameters())
-    silent = [name for name, p in model.named_parameters() if not p.grad.abs().sum() > 0]
-    assert silent == []
-
-
-def test_levels_join_stage_by_stage_up_to_the_features_of_the_map(mini):
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    for gate in model.level_gates:
-        torch.nn.init.normal_(gate.weight, std=0.1)
-    out = model(mini, picture())
-    first, last = out.stages
-    assert not torch.allclose(first, last, atol=0.1)
-    assert torch.equal(model.similarity(last, out.text), out.logits.flatten(1))
-
-
-def test_prompts_follow_the_picture_once_trained(mini):
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    torch.nn.init.normal_(model.learner.attention.out_proj.weight)
-    text = model(mini, picture()).text
+def test_prompts_follow_the_picture_and_its_edges_once_trained():
+    tower, module = make_ecpl()
+    levels = [torch.randn(2, 16, 64), torch.randn(2, 16, 64)]
+    edges = torch.rand(2, 16)
+    text = module(tower, levels, edges, 4, 4)
+    assert torch.allclose(text.norm(dim=-1), torch.ones(2, 2))
     assert not torch.allclose(text[0], text[1], atol=1e-3)
+    without_edges = module(tower, levels, torch.zeros(2, 16), 4, 4)
+    assert not torch.allclose(text, without_edges, atol=1e-3)
 
 
-@pytest.mark.parametrize("source", ["image", "features"])
-def test_batch_of_one_equals_row_of_two(mini, source):
-    model = ecpl.ECPL(mini, **SETTINGS | {"edge_source": source}).eval()
-    image = picture()
-    two, one = model(mini, image), model(mini, image[:1])
-    for name in ("logits", "probability", "score_logit", "edges"):
+@torch.no_grad()
+def test_prompts_equal_the_formula():
+    tower, module = make_ecpl()
+    moved(module)
+    enhanced = [torch.randn(2, 16, 64), torch.randn(2, 16, 64)]
+    G = module.projections[0](module.norms[0](enhanced[0]))
+    G = G + module.projections[1](module.norms[1](enhanced[1]))
+    V = module.context.view(1, 8, 64).expand(2, -1, -1)
+    read, _ = module.attention(module.norm_query(V), G, G)
+    step = tower.token_embedding.weight.std()
+    assert torch.allclose(module.prompts(enhanced), V + step * read, atol=1e-5)
+
+
+def test_prompts_do_not_depend_on_the_order_of_patches():
+    _, module = make_ecpl()
+    enhanced = [torch.randn(2, 16, 64), torch.randn(2, 16, 64)]
+    order = torch.randperm(16)
+    shuffled = [x[:, order] for x in enhanced]
+    assert torch.allclose(module.prompts(shuffled), module.prompts(enhanced), atol=1e-5)
+
+
+def test_too_long_a_prompt_is_one_clear_error():
+    tower = mini.mini_clip()
+    longest = 77 - (len("manipulated") + 2)
+    ecpl.ECPL(tower, levels=1, context=longest)
+    with pytest.raises(ValueError, match=f"found {longest + 1} .*at most {longest}.*--context"):
+        ecpl.ECPL(tower, levels=1, context=longest + 1)
+
+
+# ------------------------------------------------------------------------------------------ SAPL
+
+@torch.no_grad()
+def test_the_map_is_the_scaled_difference_of_two_cosines():
+    model = moved(mini.mini_sapl())
+    image = pictures()
+    output = model(image)
+    levels, features = model.clip.encode_patches(clip.normalize(image), (1, 2))
+    features = features + output.depths[0] + output.depths[1]
+    cosine = F.cosine_similarity(features[:, :, None], output.text[:, None], dim=-1)   # (B, N, C)
+    expected = model.log_scale.exp() * (cosine[..., 1] - cosine[..., 0]) + model.bias
+    assert torch.allclose(output.logits.flatten(1), expected, atol=1e-4)
+
+    for z, x, norm, project in zip(output.depths, levels, model.depths.norms,
+                                   model.depths.projections):
+        assert torch.allclose(z, norm(x) @ project.weight.T, atol=1e-5)
+
+
+def test_temperature_is_bounded():
+    model = mini.mini_sapl()
+    features = torch.randn(1, 6, 48)
+    text = torch.stack([-features[:, 0], features[:, 0]], dim=1)               # (1, C, D)
+    text = F.normalize(text, dim=-1)
+    largest = []
+    for log_scale in (-50.0, 50.0):
+        model.log_scale.data.fill_(log_scale)
+        largest.append(model.similarity(features, text).max().item())
+    assert largest == pytest.approx([2, 2 * math.exp(4.6)], rel=1e-4)
+
+
+def test_depths_start_small():
+    model = mini.mini_sapl()
+    image = pictures()
+    _, dense = model.clip.encode_patches(clip.normalize(image))
+    for z in model(image).depths:
+        assert 0 < z.std() < 0.2 * dense.std()
+
+
+def test_gradients_reach_our_modules_and_nothing_of_clip():
+    model = mini.mini_sapl(tune="none")
+    for _ in range(2):          # what starts at zero lets gradients through from step 2
+        output = model(pictures())
+        F.binary_cross_entropy_with_logits(output.score, torch.tensor([0.0, 1.0])).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+    for name, parameter in model.named_parameters():
+        if name.startswith("clip."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("tune, trained", [
+    ("none", "nothing"), ("full", "visual."),
+    ("lora", "visual.transformer.resblocks.1.attn.lora.")])
+def test_what_of_clip_is_tuned(tune, trained):
+    model = mini.mini_sapl(tune=tune, lora_share=0.5)                  # of 2 blocks the last one
+    for name, parameter in model.clip.named_parameters():
+        assert parameter.requires_grad == name.startswith(trained), name
+    assert (".lora." in "".join(model.state_dict())) == (tune == "lora")
+
+
+@torch.no_grad()
+def test_zoom_shows_the_tower_an_enlarged_picture():
+    image = pictures()
+    plain = mini.mini_sapl()
+    zoomed = mini.mini_sapl(zoom=2)
+    output = zoomed(image)
+    assert zoomed.cell == 8
+    assert output.logits.shape == (2, 8, 8) and output.edges.shape == (2, 64)
+
+    # their text is the same, as prompts do not read the picture yet
+    large = F.interpolate(image, scale_factor=2, mode="bilinear")
+    assert torch.allclose(output.logits, plain(large).logits, atol=1e-4)
+    assert torch.equal(output.edges, ecpl.pool_edges(ecpl.soft_edges(image), 8, 8))
+
+
+@pytest.mark.parametrize("zoom", [0, 3])
+def test_zoom_divides_the_patch(zoom):
+    with pytest.raises(ValueError, match=f"zoom {zoom}, expected a divisor of .*16"):
+        mini.mini_sapl(zoom=zoom)
+
+
+@torch.no_grad()
+def test_batch_of_one_equals_row_of_two():
+    model = moved(mini.mini_sapl())
+    image = pictures()
+    two = model(image)
+    one = model(image[:1])
+    for name in ("logits", "score", "text", "edges"):
         assert torch.allclose(getattr(two, name)[:1], getattr(one, name), atol=1e-5), name
+    for i in (0, 1):
+        assert torch.allclose(two.depths[i][:1], one.depths[i], atol=1e-5)
 
 
-def test_constant_and_odd_shaped_pictures_give_numbers(mini):
-    model = ecpl.ECPL(mini, **SETTINGS).eval()
-    for image in (torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 16, 96), torch.rand(1, 3, 16, 16)):
-        out = model(mini, image)
-        assert torch.isfinite(out.logits).all() and torch.isfinite(out.score_logit).all()
+@pytest.mark.parametrize("image", [torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 16, 96),
+                                   torch.full((1, 3, 16, 16), 0.4)])
+@torch.no_grad()
+def test_constant_and_odd_shaped_pictures_give_numbers(image):
+    output = moved(mini.mini_sapl())(image)
+    assert output.logits.shape == (1, image.shape[2] // 16, image.shape[3] // 16)
+    assert output.logits.isfinite().all() and output.score.isfinite().all()
 
 
-def test_score_is_between_the_mean_of_the_top_and_the_maximum():
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32():
+    model = moved(mini.mini_sapl())
+    image = pictures()
+    full = model(image)
+    model.dtype = torch.bfloat16
+    with model.autocast():
+        half = model(image)
+    assert half.depths[0].dtype == torch.bfloat16                              # it was used
+    assert half.logits.dtype == half.score.dtype == torch.float32              # what is answered
+    assert not torch.equal(half.logits, full.logits)
+    assert (half.logits - full.logits).abs().max() < 0.1 * full.logits.std()
+    assert torch.allclose(half.score, full.score, atol=0.1)
+
+
+# ----------------------------------------------------------------------------------------- score
+
+def test_score_and_its_gradient_equal_the_formula():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 100, requires_grad=True)
+    score = ecpl.pool_score(logits, 0.1)
+    score.sum().backward()
+    for i, row in enumerate(logits.tolist()):
+        tenth = sorted(row)[-10]
+        weights = np.array([1 / (1 + math.exp(-4 * (x - tenth))) for x in row])
+        weights /= weights.sum()
+        assert score[i].item() == pytest.approx(weights @ row, abs=1e-4)
+        assert logits.grad[i].tolist() == pytest.approx(weights, abs=1e-5)   # which are fixed
+
+
+def test_score_is_a_smooth_top_k():
+    torch.manual_seed(0)
     logits = torch.randn(3, 100)
     score = ecpl.pool_score(logits, 0.1)
     assert (score <= logits.max(dim=1).values).all()
     assert (score > logits.topk(30, dim=1).values.mean(dim=1)).all()
-    assert torch.allclose(ecpl.pool_score(torch.full((1, 9), 2.5), 0.1), torch.tensor([2.5]))
-    flat = logits.flatten(1)[:, torch.randperm(100)]
-    assert torch.allclose(ecpl.pool_score(flat, 0.1), score, atol=1e-5)  # the order is no matter
+    shuffled = logits[:, torch.randperm(100)]
+    assert torch.allclose(ecpl.pool_score(shuffled, 0.1), score, atol=1e-5)
+    assert torch.allclose(ecpl.pool_score(logits + 3, 0.1), score + 3, atol=1e-5)
+    assert ecpl.pool_score(torch.tensor([[2.5]]), 0.1).item() == 2.5           # a single patch
 
 
-def test_temperature_is_bounded(mini):
-    model = ecpl.ECPL(mini, **SETTINGS)
-    features, text = torch.randn(1, 6, 48), F.normalize(torch.randn(1, 2, 48), dim=-1)
-    for log_scale in (-50.0, 50.0):
-        model.log_scale.data.fill_(log_scale)
-        assert model.similarity(features, text).abs().max() <= 2 * 100
+# --------------------------------------------------------------------------------------- regions
 
+def brute_force(logits):
+    """Closing over 3 x 3 and the lowest way to the border, cell by cell: (h, w) -> (h, w)."""
+    h, w = logits.shape
 
-def brute_force_fill(values):
-    """Minimax path to the border by repeated relaxation over single cells."""
-    h, w = values.shape
-    level = [[values[i, j].item() if i in (0, h - 1) or j in (0, w - 1) else float("inf")
-              for j in range(w)] for i in range(h)]
+    def around(x, pick):
+        result = torch.empty(h, w)
+        for i, j in np.ndindex(h, w):
+            result[i, j] = pick(x[max(0, i - 1):i + 2, max(0, j - 1):j + 2])
+        return result
+
+    closed = torch.maximum(around(around(logits, torch.max), torch.min), logits)
+    level = closed.clone()
+    level[1:-1, 1:-1] = math.inf
     for _ in range(h * w):
         for i in range(1, h - 1):
             for j in range(1, w - 1):
-                way = min(level[i - 1][j], level[i + 1][j], level[i][j - 1], level[i][j + 1])
-                level[i][j] = min(level[i][j], max(values[i, j].item(), way))
-    return torch.tensor(level)
+                way = min(level[i - 1, j], level[i + 1, j], level[i, j - 1], level[i, j + 1])
+                level[i, j] = min(level[i, j], max(closed[i, j], way))
+    return level
 
 
-def test_regions_fill_equals_brute_force():
+def test_regions_equal_brute_force():
     torch.manual_seed(0)
-    x = torch.rand(2, 7, 9)
-    for i in range(2):
-        assert torch.allclose(ecpl.regions(x, reach=0)[i], brute_force_fill(x[i]))
+    for logits in 5 * torch.randn(3, 7, 9):
+        assert torch.equal(ecpl.regions(logits[None], radius=0)[0], brute_force(logits))
 
 
 def test_regions_close_a_broken_ring_and_keep_the_rest():
-    x = torch.full((1, 12, 12), 0.1)
-    x[0, 2:9, 2:9] = 0.9
-    x[0, 3:8, 3:8] = 0.2
-    x[0, 2, 5] = 0.1                                                     # the gap
-    out = ecpl.regions(x)
-    assert (out[0, 2:9, 2:9] == 0.9).all() and (out >= x).all()
-    assert (out[0, 10:] == 0.1).all() and (out[0, :, 10:] == 0.1).all()
-    flat = torch.full((1, 5, 4), 0.3)
-    assert torch.equal(ecpl.regions(flat), flat)
-    assert ecpl.regions(torch.rand(1, 1, 1)).shape == (1, 1, 1)
+    x = torch.full((1, 12, 12), -3.0)
+    x[0, 2:9, 2:9] = 2.0
+    x[0, 3:8, 3:8] = -2.0
+    x[0, 2, 5] = -3.0                                                          # the gap
+    found = ecpl.regions(x, radius=0)
+    expected = torch.full((1, 12, 12), -3.0)
+    expected[0, 2:9, 2:9] = 2.0
+    assert torch.equal(found, expected)
 
 
-def test_regions_are_smoothed_last_and_keep_the_mean_of_a_flat_map():
-    flat = torch.full((1, 5, 4), 0.3)
-    assert torch.allclose(ecpl.regions(flat, radius=2), flat)
-    x = torch.rand(1, 6, 7)
-    closed = ecpl.regions(x)
-    assert torch.allclose(ecpl.regions(x, radius=1)[0, 2, 3], closed[0, 1:4, 2:5].mean())
+def test_a_boundary_that_touches_at_corners_encloses():
+    i, j = torch.meshgrid(torch.arange(15), torch.arange(15), indexing="ij")
+    distance = (i - 7).abs() + (j - 7).abs()
+    diamond = torch.where(distance == 5, 2.0, -2.0)
+    expected = torch.where(distance <= 5, 2.0, -2.0)
+    assert torch.equal(ecpl.regions(diamond[None], radius=0)[0], expected)
 
 
-def test_too_long_a_prompt_is_one_clear_error(mini):
-    with pytest.raises(ValueError, match="shorten"):
-        ecpl.ECPL(mini, **SETTINGS | {"context": 70})
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 4)])
+def test_regions_keep_a_flat_map(size):
+    flat = torch.full((1, *size), -0.3)
+    for radius in (0, 2):
+        assert torch.allclose(ecpl.regions(flat, radius), flat)
+
+
+def test_regions_commute_with_adding_a_constant():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 7)
+    assert torch.allclose(ecpl.regions(x + 1.5, radius=1), ecpl.regions(x, radius=1) + 1.5)
+
+
+def test_regions_are_smoothed_last():
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 7)
+    filled = ecpl.regions(x, radius=0)
+    smooth = ecpl.regions(x, radius=1)
+    assert torch.allclose(smooth[0, 2, 3], filled[0, 1:4, 2:5].mean())
+    corner = F.pad(filled, (1, 0, 1, 0), mode="replicate")[0, :3, :3]
+    assert torch.allclose(smooth[0, 0, 0], corner.mean())
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+@pytest.mark.parametrize("tune", ["full", "lora", "none"])
+@torch.no_grad()
+def test_a_checkpoint_gives_the_same_model(tmp_path, tune):
+    image = pictures()
+    model = moved(mini.mini_sapl(tune=tune))
+    model.map_shift.fill_(0.7)
+    model.score_shift.fill_(-1.3)
+    expected = model(image).logits
+    ecpl.save_checkpoint(tmp_path / "a.pt", model, epoch=3)
+    assert ecpl.load_checkpoint(tmp_path / "a.pt")["epoch"] == 3
+
+    again = ecpl.SAPL.load(tmp_path / "a.pt", "cpu", "fp32", merge=False)
+    assert again.config == model.config and not again.training
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(again(image).logits, expected)
+    assert again.map_shift == model.map_shift and again.score_shift == model.score_shift
+
+    merged = ecpl.SAPL.load(tmp_path / "a.pt", "cpu", "fp32")
+    assert not [key for key in merged.state_dict() if ".lora." in key]
+    ecpl.save_checkpoint(tmp_path / "b.pt", merged)
+    for model in (merged, ecpl.SAPL.load(tmp_path / "b.pt", "cpu", "fp32")):
+        assert torch.allclose(model(image).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("tune", ["lora", "none", "full"])
+@torch.no_grad()
+def test_an_official_clip_is_stored_by_name_unless_it_is_tuned(tmp_path, monkeypatch, tune):
+    tower = mini.mini_clip()
+    torch.save(tower.state_dict(), tmp_path / "ViT-B-16.pt")
+    sha256 = clip.sha256_of(tmp_path / "ViT-B-16.pt")
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(clip, "OFFICIAL", {"ViT-B/16": sha256})
+    model = ecpl.SAPL(clip.load("ViT-B/16"), mini.CONFIG | {"clip": "ViT-B/16", "tune": tune})
+    path = tmp_path / "sapl.pt"
+    ecpl.save_checkpoint(path, model.eval())
+
+    stored = ecpl.load_checkpoint(path)
+    if tune == "full":
+        assert stored["clip"].keys() == tower.state_dict().keys()
+    else:
+        assert stored["clip"] == {"name": "ViT-B/16", "sha256": sha256}
+    assert not [key for key in stored["model"] if ecpl.is_backbone(key)]
+
+    expected = model(pictures()).logits
+    assert torch.allclose(ecpl.SAPL.load(path, "cpu", "fp32")(pictures()).logits, expected)
+    ecpl.save_checkpoint(path, ecpl.SAPL.load(path, "cpu", "fp32"))            # merged if LoRA
+    assert torch.allclose(ecpl.SAPL.load(path, "cpu", "fp32")(pictures()).logits, expected)
+
+
+def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    model = mini.mini_sapl()
+    ecpl.save_checkpoint(path, model, epoch=1)
+
+    def full_disk(content, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="cannot write .*m.pt .*No space.*--resume") as error:
+            ecpl.save_checkpoint(path, model, epoch=2)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["m.pt"]
+    assert ecpl.load_checkpoint(path)["epoch"] == 1
+
+    ecpl.save_checkpoint(path, model, epoch=3)
+    assert ecpl.load_checkpoint(path)["epoch"] == 3
+    assert ecpl.load_checkpoint(tmp_path / "m.pt.previous")["epoch"] == 1
+
+
+def test_the_shipped_model_is_the_default():
+    model = ecpl.SAPL.load(device="cpu")
+    assert model.config == ecpl.load_checkpoint(clip.TINY)["config"]
+    assert not model.training
+
+
+BROKEN = {
+    "text": lambda state: "hello",
+    "foreign": lambda state: {"weights": torch.zeros(2)},
+    "list": lambda state: [1, 2],
+    "old": lambda state: state | {"format": 1},
+    "empty": lambda state: {"format": ecpl.FORMAT},
+    "config": lambda state: state | {"config": {}},
+    "ours": lambda state: state | {"model": dict(list(state["model"].items())[1:])},
+    "backbone": lambda state: state | {"clip": dict(list(state["clip"].items())[1:])},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_wrong_checkpoints_are_named_in_one_line(tmp_path, what):
+    path = tmp_path / f"{what}.pt"
+    ecpl.save_checkpoint(tmp_path / "good.pt", mini.mini_sapl())
+    torch.save(BROKEN[what](ecpl.load_checkpoint(tmp_path / "good.pt")), path)
+    with pytest.raises(ValueError, match=f"{what}.pt") as error:
+        ecpl.SAPL.load(path, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_an_older_format_is_refused(tmp_path):
+    torch.save({"format": 1, "config": {}, "clip": {}, "model": {}}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="format 1, expected format 2.*train it again"):
+        ecpl.SAPL.load(tmp_path / "old.pt", "cpu")
+
+
+def test_damaged_and_missing_files_are_named_in_one_line(tmp_path):
+    good = tmp_path / "good.pt"
+    ecpl.save_checkpoint(good, mini.mini_sapl())
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "folder.pt").mkdir()
+    for name in ("cut", "text", "empty", "folder", "missing"):
+        with pytest.raises((ValueError, OSError), match=f"{name}.pt") as error:
+            ecpl.SAPL.load(tmp_path / f"{name}.pt", "cpu")
+        assert "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------- devices and formats
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    cpu = torch.device("cpu")
+    assert ecpl.pick_device("cpu") == ecpl.pick_device("auto") == ecpl.pick_device(cpu) == cpu
+    for name in ("gpu", "cuda", "cuda:1", "mps"):
+        with pytest.raises(ValueError, match=f"found --device {name}.*, expected one of auto, cpu"):
+            ecpl.pick_device(name)
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert ecpl.pick_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert ecpl.pick_device("auto") == ecpl.pick_device("cuda") == torch.device("cuda:0")
+    assert ecpl.pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="found --device cuda:2, expected one of auto, cuda:0"):
+        ecpl.pick_device("cuda:2")
+
+
+def test_precision(monkeypatch, tmp_path):
+    monkeypatch.setattr(clip, "native_dtype", lambda device: torch.bfloat16)
+    ecpl.save_checkpoint(tmp_path / "m.pt", mini.mini_sapl())
+    for precision, dtype in (("auto", torch.bfloat16), ("bf16", torch.bfloat16),
+                             ("fp32", torch.float32)):
+        model = ecpl.SAPL.load(tmp_path / "m.pt", "cpu", precision)
+        assert model.dtype == dtype
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        with model.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+# ---------------------------------------------------------------------------------------- lesson
+
+def test_the_lesson_runs(tmp_path, capsys):
+    ecpl.demo(tmp_path / "method.png")
+    assert len(capsys.readouterr().out.splitlines()) > 5
+    sheet = Image.open(tmp_path / "method.png")
+    assert sheet.width > 4 * sheet.height                                      # panels in a row

@@ -1,102 +1,222 @@
 """HECL: selection, dual queue, contrastive loss: references and properties."""
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import hecl
 
 
-def batch(labels=(0, 1, 0, 1), N=20, Dv=16, seed=0):
+def batch(labels=(0, 1, 0, 1), N=20, seed=0):
+    """depths of width 16 that take gradients, edges, logits, labels: what HECL is called with."""
     torch.manual_seed(seed)
     B = len(labels)
-    return ([torch.randn(B, N, Dv, requires_grad=True) for _ in range(2)], torch.rand(B, N),
-            torch.rand(B, N), torch.tensor(labels))
+    depths = [torch.randn(B, N, 16, requires_grad=True), torch.randn(B, N, 16, requires_grad=True)]
+    return depths, torch.rand(B, N), torch.randn(B, N), torch.tensor(labels)
 
 
-def make(queue=8, **changes):
+def make(**changes):
+    """The same random HECL of two depths, every time."""
     torch.manual_seed(5)
-    settings = dict(dim=6, queue=queue, tau=0.1, share=0.4, top=3, clean=0.5)
-    return hecl.HECL([16, 16], **settings | changes)
+    settings = {"levels": 2, "width": 16, "dim": 6, "queue": 8, "tau": 0.1, "share": 0.4, "top": 3}
+    return hecl.HECL(**settings | changes)
 
 
-def test_only_edge_patches_are_selected_highest_first():
-    _, edges, probability, labels = batch()
-    own, clean = hecl.select(edges, probability, share=0.4, top=3)
+# ----------------------------------------------------------------------------------------- which
+
+def test_the_ends_of_the_ranking_of_edge_patches_are_selected():
+    _, edges, logits, _ = batch()
+    most, least = hecl.select(edges, logits, share=0.4, top=3)
     for b in range(4):
         strong = edges[b].topk(8).indices.tolist()
-        ranked = sorted(strong, key=lambda n: -probability[b, n].item())
-        assert own[b].tolist() == ranked[:3] and clean[b].tolist() == ranked[::-1][:3]
+        ranked = sorted(strong, key=lambda n: logits[b, n].item())
+        assert sorted(least[b].tolist()) == sorted(ranked[:3])
+        assert sorted(most[b].tolist()) == sorted(ranked[-3:])
 
 
-def test_loss_equals_the_formula_term_by_term():
-    anchors = F.normalize(torch.randn(3, 4), dim=-1)
-    keys = F.normalize(torch.randn(5, 4), dim=-1)
-    classes, key_classes = torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0, 1, 1])
-    weights, ignore = torch.tensor([1.0, 0.5, 1.0]), torch.zeros(3, 5, dtype=torch.bool)
-    ignore[1, 3] = True
-    total = 0
-    for i in range(3):
-        e = [math.exp(float(anchors[i] @ keys[j]) / 0.1) * (not ignore[i, j]) for j in range(5)]
-        same = sum(x for j, x in enumerate(e) if key_classes[j] == classes[i])
-        total -= weights[i].item() * math.log(same / sum(e))
-    loss = hecl.contrast(anchors, classes, weights, keys, key_classes, ignore, 0.1)
-    assert math.isclose(loss.item(), total / 2.5, rel_tol=1e-5)
+@pytest.mark.parametrize("N, share, expected", [(1, 0.4, 1), (4, 0.5, 1), (20, 0.1, 1),
+                                                (20, 0.4, 3), (10, 0.4, 2), (20, 1.0, 3)])
+def test_how_many_are_selected(N, share, expected):
+    _, edges, logits, _ = batch(N=N)
+    most, least = hecl.select(edges, logits, share=share, top=3)
+    assert most.shape == least.shape == (4, expected)
 
 
-def test_pulling_same_class_edge_patches_together_lowers_it():
-    levels, edges, probability, labels = batch()
-    model = make()
-    before = model(levels, edges, probability, labels).item()
-    own, clean = hecl.select(edges, probability, share=0.4, top=3)
-    moved = []
-    for x in levels:
-        x = x.detach().clone()
-        for b in range(4):
-            x[b, clean[b]] = 0.5 * x[b, clean[b]] - 2
-            x[b, own[b]] = 0.5 * x[b, own[b]] + (2.0 if labels[b] else -2.0)
-        moved.append(x)
-    assert make()(moved, edges, probability, labels).item() < before
+def test_no_patch_is_selected_as_both_even_in_a_constant_picture():
+    most, least = hecl.select(torch.zeros(2, 16), torch.zeros(2, 16), share=0.4, top=4)
+    for b in range(2):
+        assert not set(most[b].tolist()) & set(least[b].tolist())
 
 
-def test_gradients_reach_heads_and_only_edge_patches():
-    levels, edges, probability, labels = batch()
-    model = make()
-    model(levels, edges, probability, labels).backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-    own, clean = hecl.select(edges, probability, share=0.4, top=3)
-    for x in levels:
-        touched = x.grad.abs().sum(dim=-1) > 0
-        allowed = torch.zeros_like(touched).scatter(1, torch.cat([own, clean], dim=1), True)
-        assert (touched & ~allowed).sum() == 0 and touched.any()
+# ---------------------------------------------------------------------------------------- queues
 
-
-def test_queue_is_first_in_first_out_and_wraps():
+def test_a_queue_is_first_in_first_out_and_wraps():
     queue = hecl.DualQueue(5, 1)
     assert len(queue.keys()[0]) == 0
-    everything = [[], []]
+
+    pushed = []
     for start in range(0, 14, 2):
-        values = torch.arange(start, start + 2.0)[:, None]
+        values = torch.tensor([[start], [start + 1.0]])
         queue.push(values, 100 + values)
-        for c in (0, 1):
-            everything[c] = (everything[c] + (100 * c + values[:, 0]).tolist())[-5:]
+        pushed = (pushed + [start, start + 1])[-5:]
         features, classes = queue.keys()
-        for c in (0, 1):
-            assert sorted(features[classes == c, 0].tolist()) == everything[c]
-    queue.push(torch.arange(9.0)[:, None], torch.arange(9.0)[:, None])        # more than it holds
+        assert sorted(features[classes == 0, 0].tolist()) == pushed
+        assert sorted(features[classes == 1, 0].tolist()) == [100 + x for x in pushed]
+
+    many = torch.arange(9.0)[:, None]                          # more than it holds: the last ones
+    queue.push(many, many)
     assert sorted(queue.keys()[0][:5, 0].tolist()) == [4, 5, 6, 7, 8]
 
 
 def test_queues_start_empty_fill_equally_and_are_saved():
-    levels, edges, probability, labels = batch(labels=(0, 1, 1, 1))
+    inputs = batch(labels=(0, 1, 1, 1))
     model = make(queue=50)
-    model(levels, edges, probability, labels)
-    assert int(model.queues[0].filled) == 3                       # one picture of each class
+    model(*inputs)
+    for queue in model.queues:                                 # 3 patches of one picture a class
+        assert int(queue.filled) == int(queue.head) == 3
+        assert torch.allclose(queue.keys()[0].norm(dim=-1), torch.ones(6))
+
     other = make(queue=50)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other.queues[1].features, model.queues[1].features)
-    losses = [x(levels, edges, probability, labels).item() for x in (other, model)]
-    assert losses[0] == losses[1]
+    assert other(*inputs).item() == model(*inputs).item()
+    assert make(queue=50)(*inputs).item() != model(*inputs).item()
+
+
+def test_what_looks_most_manipulated_is_queued():
+    depths, edges, logits, labels = batch(labels=(0, 1))
+    model = make(queue=50)
+    model(depths, edges, logits, labels)
+    most, _ = hecl.select(edges, logits, share=0.4, top=3)
+    features, classes = model.queues[1].keys()
+    for b in (0, 1):
+        expected = F.normalize(model.heads[1](depths[1][b, most[b]]), dim=-1)
+        assert torch.allclose(features[classes == b], expected, atol=1e-6)
+
+
+def test_evaluation_leaves_no_trace_and_a_queue_is_not_needed():
+    model = make().eval()
+    model(*batch())
+    assert int(model.queues[0].filled) == 0
+    none = make(queue=0)
+    assert none(*batch()) == none(*batch()) == model(*batch())
+
+
+# ------------------------------------------------------------------------------------------ loss
+
+def test_contrast_equals_the_formula_term_by_term():
+    torch.manual_seed(0)
+    anchors = F.normalize(torch.randn(4, 4), dim=-1)
+    keys = F.normalize(torch.randn(5, 4), dim=-1)
+    classes = torch.tensor([0, 1, 1, 1])
+    key_classes = torch.tensor([0, 1, 0, 1, 1])
+    ignore = torch.zeros(4, 5, dtype=torch.bool)
+    ignore[1, 3] = True
+    ignore[3, [1, 3, 4]] = True                                # no positive: left out
+
+    terms = []
+    for i in range(3):
+        all_keys = 0
+        own_class = 0
+        for j in range(5):
+            if not ignore[i, j]:
+                value = math.exp(float(anchors[i] @ keys[j]) / 0.1)
+                all_keys += value
+                own_class += value if key_classes[j] == classes[i] else 0
+        terms.append(-math.log(own_class / all_keys))
+    loss = hecl.contrast(anchors, classes, keys, key_classes, ignore, 0.1)
+    assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-5)
+
+
+def brute_force(depths, edges, logits, labels, heads):
+    """The loss of a batch alone, anchor by anchor."""
+    most, least = hecl.select(edges, logits, share=0.4, top=3)
+    levels = []
+    for z, head in zip(depths, heads):
+        patches = []                                           # (unit feature, class, picture)
+        for b, label in enumerate(labels.tolist()):
+            for index, kind in ((most[b], label), (least[b], 0)):
+                for feature in F.normalize(head(z[b, index]), dim=-1):
+                    patches.append((feature, kind, b))
+        terms = []
+        for feature, kind, picture in patches:
+            pull = 0
+            push = 0
+            for other, other_kind, other_picture in patches:
+                value = torch.exp(feature @ other / 0.1)
+                if other_kind != kind:
+                    push += value
+                elif other_picture != picture:
+                    pull += value
+            terms.append(-torch.log(pull / (pull + push)))
+        levels.append(torch.stack(terms).mean())
+    return torch.stack(levels).mean()
+
+
+def test_the_loss_of_a_batch_equals_brute_force():
+    inputs = batch()
+    model = make(queue=0)
+    assert model(*inputs).item() == pytest.approx(brute_force(*inputs, model.heads).item(), 1e-5)
+
+
+def test_queued_features_are_keys_of_their_class():
+    depths, edges, logits, labels = batch()
+    model = make(queue=50).eval()
+    alone = model(depths, edges, logits, labels)
+    most, _ = hecl.select(edges, logits, share=0.4, top=3)
+    for z, head, queue in zip(depths, model.heads, model.queues):
+        anchors = F.normalize(head(z.gather(1, most[..., None].expand(-1, -1, 16))), dim=-1)
+        queue.push(anchors[0].detach(), anchors[1].detach())
+    as_they_are = model(depths, edges, logits, labels)
+    for queue in model.queues:
+        queue.features.copy_(queue.features.flip(0))           # classes exchanged
+    assert as_they_are < model(depths, edges, logits, labels)
+    assert as_they_are != alone
+
+
+def test_pulling_edge_patches_of_a_class_together_lowers_it():
+    depths, edges, logits, labels = batch()
+    before = make()(depths, edges, logits, labels)
+    most, least = hecl.select(edges, logits, share=0.4, top=3)
+    moved = [z.detach().clone() for z in depths]
+    for z in moved:
+        for b in range(4):
+            direction = 2.0 if labels[b] == 1 else -2.0
+            z[b, most[b]] = 0.5 * z[b, most[b]] + direction
+            z[b, least[b]] = 0.5 * z[b, least[b]] - 2.0
+    assert make()(moved, edges, logits, labels) < before
+
+
+def test_gradients_reach_heads_and_only_the_selected_patches():
+    depths, edges, logits, labels = batch()
+    logits.requires_grad_(True)
+    model = make()
+    model(depths, edges, logits, labels).backward()
+    for parameter in model.parameters():
+        assert parameter.grad.abs().sum() > 0
+    assert logits.grad is None                                 # choosing is not learned
+
+    selected = torch.cat(hecl.select(edges, logits, share=0.4, top=3), dim=1)
+    expected = torch.zeros(4, 20, dtype=torch.bool).scatter(1, selected, True)
+    for z in depths:
+        assert torch.equal(z.grad.abs().sum(dim=-1) > 0, expected)
+
+
+def test_each_depth_is_contrasted_by_itself():
+    depths, edges, logits, labels = batch()
+    both = make(queue=0)
+    losses = []
+    for i in (0, 1):
+        single = make(queue=0, levels=1)
+        single.heads[0] = both.heads[i]
+        losses.append(single([depths[i]], edges, logits, labels).item())
+    assert losses[0] != losses[1]
+    assert both(depths, edges, logits, labels).item() == pytest.approx(sum(losses) / 2)
+
+
+def test_patches_of_the_same_picture_are_no_positives():
+    depths, edges, logits, labels = batch(labels=(1,))
+    assert make(queue=0)(depths, edges, logits, labels).item() == 0
 
 
 def test_a_batch_of_one_class_survives_and_uses_the_queue():
@@ -104,29 +224,27 @@ def test_a_batch_of_one_class_survives_and_uses_the_queue():
     genuine = batch(labels=(0, 0, 0, 0))
     first = model(*genuine)
     first.backward()
-    assert torch.isfinite(first) and int(model.queues[0].filled) == 0
+    assert first.item() == pytest.approx(0, abs=1e-5)          # no negatives
+    assert int(model.queues[0].filled) == 0
+
     model(*batch())
     filled = int(model.queues[0].filled)
     assert filled > 0
-    later = model(*genuine)
-    assert torch.isfinite(later) and later > first.item()         # now there are negatives
+    assert model(*genuine) > first + 0.1                       # now there are some
     assert int(model.queues[0].filled) == filled
 
 
-def test_batch_alone_and_evaluation_leave_no_trace():
-    model = make(queue=0)
-    assert model.queues is None and torch.isfinite(model(*batch()))
-    model = make().eval()
-    model(*batch())
-    assert int(model.queues[0].filled) == 0
+@pytest.mark.parametrize("N", [1, 16])
+def test_constant_pictures_give_a_number(N):
+    z = torch.zeros(2, N, 16, requires_grad=True)
+    flat = torch.zeros(2, N)
+    loss = make()([z, z], flat, flat, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
 
 
-def test_patches_of_the_same_picture_are_no_positives():
-    levels, edges, probability, labels = batch(labels=(0, 1))
-    loss = make(queue=0, clean=0.0)(levels, edges, probability, labels)
-    assert loss.item() == 0       # one picture a class: without its own patches none is left
+# ---------------------------------------------------------------------------------------- lesson
 
-
-def test_constant_picture_and_single_patch():
-    x = [torch.zeros(2, 1, 16, requires_grad=True)] * 2
-    assert torch.isfinite(make()(x, torch.zeros(2, 1), torch.zeros(2, 1), torch.tensor([0, 1])))
+def test_the_lesson_runs(capsys):
+    hecl.demo()
+    assert len(capsys.readouterr().out.splitlines()) > 5

@@ -1,19 +1,26 @@
-"""The start of the shipped model: a small CLIP of our own, made from genuine photos. Run by hand.
+"""The shipped model's CLIP, pretrained to read editing histories. Run by hand; goes on where it was.
 
-    python weights/make.py --photos DIR --teacher FILE --out runs/tiny.pt       both steps below
-    python train.py --synthesize DIR --clip runs/tiny.pt --tune full ..         then SAPL (README)
+    python weights/make.py --photos DIR [DIR ..] --out runs/tower [--teacher FILE] --minutes 360
+    python train.py --synthesize DIR --clip runs/tower/tower.pt       then SAPL, by image labels alone
 
-1. Distillation, if a teacher is given: any CLIP with an image tower of width 192 and 16-pixel
-   patches. New weights learn to predict its tokens after each block; the teacher sees each crop
-   enlarged twice, so that our 8-pixel patches stand for its 16-pixel ones.
-2. Captions: the synthesis knows what it did to a picture and says so ("manipulated, splice, soft
-   border", "genuine, quality 70, noise"). Patches and captions are contrasted as CLIP contrasts
-   pictures and texts, the patches that fit best speaking for the picture (FILIP, Yao et al. 2021,
-   with our top-k).
-No label of a person and no mask is used. Both steps run for a time, not a number of steps; --start
-goes on from an earlier file, of fewer blocks too.
+Pictures are pasted together from genuine photos; each part has an editing history of its own, told
+in words ("manipulated, splice, quality 60, blurred"). One picture then teaches hundreds of patches.
+No label and no mask of a person is used: the generator knows what it did. All of it is ours; its
+neighbours: CLIM (regions of mosaics against their texts), Editprint (editing chains and their
+descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
+
+1. Distillation (only with --teacher, a CLIP of image width 192 with 16-pixel patches): new weights
+   learn to predict the teacher's tokens after each block. It sees each crop enlarged twice, so that
+   our 8-pixel patches stand for its 16-pixel ones.
+2. Regions: patches against the captions of their part; the map of "manipulated" against "genuine";
+   patches of one source attract, all others repel. With --histories-only nobody says which part is
+   pasted: no class words, no map.
+
+Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
 """
 import argparse
+import copy
+import csv
 import math
 import sys
 import time
@@ -26,185 +33,410 @@ import numpy as np                                              # noqa: E402 (pa
 import torch                                                    # noqa: E402
 import torch.nn as nn                                           # noqa: E402
 import torch.nn.functional as F                                 # noqa: E402
-from PIL import Image, ImageEnhance                             # noqa: E402
+from PIL import Image                                           # noqa: E402
 from torch.utils.data import DataLoader, Dataset                # noqa: E402
 
 import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
-import ecpl                                                     # noqa: E402
+import synthesis                                                # noqa: E402
 
 SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=6, vision_width=192,
              vision_patch_size=8, context_length=77, vocab_size=514, transformer_width=128,
              transformer_layers=3, stem=(32, 96))
+BATCHES = ((96, 20), (128, 12), (192, 5))        # (pixels, pairs), in turn: about equal work
+CLASSES = ("genuine", "manipulated")
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+def edit_history(image, rng):
+    """A PIL RGB image after a random chain of edits -> (image, its words)."""
+    words = []
+    if rng.random() < 0.5:                       # half of the photos: JPEG at most
+        if rng.random() < 0.4:
+            image, word = compressed(image, rng)
+            words.append(word)
+        return image, words
+    if rng.random() < 0.4:
+        factor = 2 ** rng.uniform(0.2, 1.2)
+        small = [max(8, round(side / factor)) for side in image.size]
+        image = image.resize(small, Image.Resampling.BICUBIC)
+        image = image.resize((image.width, image.height), Image.Resampling.BICUBIC)
+        words.append("enlarged")
+    for _ in range(rng.integers(0, 3)):
+        image, word = synthesis.random_edit(image, rng)
+        words.append(word)
+    if rng.random() < 0.6:
+        image, word = compressed(image, rng)
+        words.append(word)
+    return image, words
+
+
+def compressed(image, rng):
+    """A PIL RGB image after JPEG -> (image, its quality in words, in tens)."""
+    quality = int(rng.integers(40, 99))
+    return data.jpeg(image, quality, rng.integers(0, 8, 2)), f"quality {quality // 10 * 10}"
+
+
+class HistorySet(synthesis.PairSet):
+    """Pairs of a genuine picture and its manipulation, whose parts have histories of their own."""
+
+    def pair(self, number):
+        """-> (genuine and manipulated image, PIL RGB; region, PIL L; words of both parts)."""
+        rng = self.rng(number)
+        size = (self.size, self.size)
+        photo, donor = self.windows(self.work_size(rng), rng)
+        photo, history = edit_history(photo, rng)
+        donor, donor_history = edit_history(donor, rng)
+        image, region, kind, words = synthesis.synthesize(photo, donor, rng)
+
+        before = donor_history if kind == "splice" else history
+        genuine = data.degrade(photo, size, self.rng(number, 1))
+        manipulated = data.degrade(image, size, self.rng(number, 1))
+        region = region.resize(size, Image.Resampling.BOX)
+        return genuine, manipulated, region, history, [kind, *before, *words]
+
+
+class Batches(Dataset):
+    """Batch i -> (images (B, 3, S, S), inside (B, N), source (B, 2), captions of 2 parts a pair).
+
+    inside: the share of each patch that is manipulated. source: the number of the source of a
+    picture's genuine and of its manipulated part, its caption's place in the list too.
+    """
+
+    def __init__(self, photos, seed):
+        photos = [np.asarray(data.open_image(path)) for path in photos]
+        self.sets = [HistorySet(photos, size=size, count=0, seed=seed) for size, _ in BATCHES]
+
+    def __len__(self):
+        return 10 ** 7
+
+    def __getitem__(self, i):
+        images, regions, sources, captions = [], [], [], []
+        kind = i % len(BATCHES)
+        size, pairs = BATCHES[kind]
+        for k in range(pairs):
+            genuine, manipulated, region, *words = self.sets[kind].pair(i * pairs + k)
+            images += [data.to_tensor(genuine), data.to_tensor(manipulated)]
+            region = torch.from_numpy(np.asarray(region, np.float32) / 255)      # (S, S)
+            regions += [torch.zeros_like(region), region]
+            sources += [(2 * k, 2 * k + 1)] * 2
+            captions += [", ".join(part) for part in words]
+        inside = F.avg_pool2d(torch.stack(regions), 8).flatten(1)                # (B, N)
+        return torch.stack(images), inside, torch.tensor(sources), captions
 
 
 class Crops(Dataset):
-    """Batches of square crops, uint8 (B, 3, S, S): three of S = 64, then one of S = 128, B / 4."""
+    """Batch i of square crops for the distillation: uint8 (B, 3, S, S), most of them small."""
 
-    def __init__(self, photos, batch, seed):
-        self.photos = [np.asarray(data.open_image(path)) for path in photos]
-        self.batch, self.seed = batch, seed
+    def __init__(self, photos, seed):
+        photos = [np.asarray(data.open_image(path)) for path in photos]
+        self.sets = [synthesis.PairSet(photos, size=size, count=0, seed=seed) for size in (64, 128)]
 
     def __len__(self):
-        return 10 ** 6
-
-    def crop(self, rng, size):
-        photo = self.photos[rng.integers(len(self.photos))]
-        wide = size if rng.random() < 0.4 else size * math.exp(rng.uniform(0, math.log(4)))
-        side = min(round(wide), *photo.shape[:2])
-        y, x = (rng.integers(0, limit - side + 1) for limit in photo.shape[:2])
-        image = Image.fromarray(photo[y:y + side, x:x + side]).resize((size, size), Image.BICUBIC)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.FLIP_LEFT_RIGHT)
-        if rng.random() < 0.4:
-            image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.6, 1.4))
-        if rng.random() < 0.3:
-            image = ImageEnhance.Color(image).enhance(rng.uniform(0.2, 1.7))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)              # (3, S, S)
+        return 10 ** 7
 
     def __getitem__(self, i):
-        rng, large = np.random.default_rng((self.seed, i)), i % 4 == 3
-        size, B = (128, self.batch // 4) if large else (64, self.batch)
-        return torch.stack([self.crop(rng, size) for _ in range(B)])           # (B, 3, S, S)
+        large = i % 4 == 3
+        crops = self.sets[1 if large else 0]
+        images = []
+        for k in range(6 if large else 24):
+            rng = crops.rng(i, k)
+            image, _ = crops.windows(crops.size, rng)
+            if rng.random() < 0.4:
+                image, _ = synthesis.random_edit(image, rng)
+            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))    # (3, S, S)
+        return torch.stack(images)                                               # (B, 3, S, S)
 
 
-class Captioned(data.SynthesisSet):
-    """Crops and their manipulations with a caption each: item -> (image (3, S, S), str)."""
+# ---------------------------------------------------------------------------------------- losses
 
-    def __getitem__(self, index):
-        image, _, words = self.make(index // 2, index % 2)
-        return data.to_tensor(image), f"{ecpl.CLASSES[index % 2]}, {words}"
+def distillation(student, teacher, image, alone):
+    """Relative errors of the embedding and of each block, [()] each.
 
-
-def collate(items):
-    """-> images (B, 3, S, S), token ids (B, L), which captions are the same (B, B)."""
-    words = [caption for _, caption in items]
-    tokens = clip.tokenize(words, SIZES["context_length"], SIZES["vocab_size"], truncate=True)
-    same = torch.tensor([[float(a == b) for b in words] for a in words])       # (B, B)
-    images = torch.stack([image for image, _ in items])                        # (B, 3, S, S)
-    return images, tokens[:, :int(tokens.argmax(1).max()) + 1], same
-
-
-class Clock:
-    """Progress of a step that lasts some minutes, and the learning rate that goes with it."""
-
-    def __init__(self, minutes, rise):
-        self.start, self.seconds = time.time(), max(1e-9, 60 * minutes)
-        self.steps, self.rise = 0, rise
-
-    def tick(self, *optimizers):
-        """Set the rates (half a cosine, times a rise over steps) -> share of the time gone by."""
-        done, self.steps = (time.time() - self.start) / self.seconds, self.steps + 1
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["base"] * min(1, self.steps / self.rise) * max(
-                0.01, 0.5 * (1 + math.cos(math.pi * min(1, done))))
-        return done
-
-
-def distil(model, teacher, loader, args, lr):
-    """Teach the image tower's embedding and blocks to give what the teacher's give.
-
-    A block starts from the teacher's tokens, ever more often from the tower's own, so that it
-    learns to mend their errors. Losses are relative to the variance of the block's step. Matrices
-    of the blocks are trained by Muon (Jordan et al. 2024), the rest by AdamW: ours, after trials of
-    a few minutes that differed in batch size too, so not a clean comparison.
+    image uint8 (B, 3, S, S). A block starts from the teacher's tokens, with chance `alone` from the
+    student's own, so that it learns to mend their errors.
     """
-    student = model.visual
-    matrices = [p for p in student.transformer.parameters() if p.ndim == 2]
-    others = [p for p in student.parameters() if all(p is not q for q in matrices)]
-    optimizers = [torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0)]
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["base"] = lr
-    clock = Clock(args.distil_minutes, 50)
-    for image in loader:
-        done = clock.tick(*optimizers)
-        if done >= 1:
-            return
-        pixels = clip.normalize(image.float() / 255)                           # (B, 3, S, S)
-        with torch.autocast("cpu", torch.bfloat16, args.precision == "bf16"):
-            with torch.no_grad():
-                twice = F.interpolate(pixels, scale_factor=2, mode="bilinear")
-                tokens = [teacher.embed(twice)]                                # [(B, 1 + N, Dv)]
-                for block in teacher.transformer.resblocks[:len(student.transformer.resblocks)]:
-                    tokens.append(block(tokens[-1]))
-            own = student.embed(pixels)                                        # (B, 1 + N, Dv)
-            losses = [(own - tokens[0]).square().mean() / tokens[0].var()]
-            alone = (torch.rand(len(pixels), 1, 1) < 0.3 + 1.5 * done).float()     # (B, 1, 1)
-            for block, before, after in zip(student.transformer.resblocks, tokens, tokens[1:]):
-                own = block(alone * own + (1 - alone) * before)                # (B, 1 + N, Dv)
-                losses.append((own - after).square().mean() / (after - before).var())
-        student.zero_grad()
-        sum(losses).backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 5.0)
+    pixels = clip.normalize(image.float() / 255)                                 # (B, 3, S, S)
+    blocks = student.transformer.resblocks
+    with torch.no_grad():
+        twice = F.interpolate(pixels, scale_factor=2, mode="bilinear")
+        tokens = [teacher.embed(twice)]                                          # [(B, 1 + N, Dv)]
+        for block in teacher.transformer.resblocks[:len(blocks)]:
+            tokens.append(block(tokens[-1]))
+    own = student.embed(pixels)                                                  # (B, 1 + N, Dv)
+    losses = [(own - tokens[0]).float().square().mean() / tokens[0].float().var()]
+    use_own = (torch.rand(len(pixels), 1, 1) < alone).to(own.dtype)              # (B, 1, 1)
+    for block, before, after in zip(blocks, tokens, tokens[1:]):
+        own = block(use_own * own + (1 - use_own) * before)                      # (B, 1 + N, Dv)
+        change = (after - before).float().var()
+        losses.append((own - after).float().square().mean() / change)
+    return losses
+
+
+def text_features(model, texts):
+    """Texts -> unit features (T, D)."""
+    tokens = clip.tokenize(texts, SIZES["context_length"], SIZES["vocab_size"], truncate=True)
+    tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]                     # (T, L)
+    return F.normalize(model.encode_text(tokens), dim=-1)                        # (T, D)
+
+
+def patch_features(model, image):
+    """image (B, 3, S, S) in [0, 1] -> unit features (B, N, D)."""
+    _, features = model.encode_patches(clip.normalize(image))
+    return F.normalize(features.float(), dim=-1)                                 # (B, N, D)
+
+
+def class_logits(model, features):
+    """The map: logits (B, N) of "manipulated" against "genuine"."""
+    genuine, manipulated = text_features(model, list(CLASSES)).float()           # (D,)
+    return 10 * features @ (manipulated - genuine)                               # (B, N)
+
+
+def pooled(logits):
+    """The mean of the strongest tenth: (B, N) -> (B,)."""
+    return logits.topk(max(1, logits.shape[1] // 10), dim=1).values.mean(dim=1)
+
+
+def same_source(z, source, weight):
+    """Patches of one source attract, all others of the batch repel: z (B, N, d), source and weight
+    (B, N) -> scalar. InfoNCE over 24 patches a picture, drawn by weight."""
+    B, N, d = z.shape
+    pick = torch.multinomial(weight + 1e-9, min(24, N), replacement=True)        # (B, K)
+    z = F.normalize(z.gather(1, pick[..., None].expand(-1, -1, d)), dim=-1).flatten(0, 1)
+    source = source.gather(1, pick).flatten()                                    # (A,)
+    alone = torch.eye(len(z), dtype=torch.bool)                                  # (A, A)
+    same = (source[:, None] == source) & ~alone
+    similarity = (z @ z.T / 0.1).masked_fill(alone, -1e4)                        # (A, A)
+    positive = similarity.masked_fill(~same, -1e4).logsumexp(dim=1)              # (A,)
+    loss = similarity.logsumexp(dim=1) - positive
+    return loss[same.any(dim=1)].mean()
+
+
+def region_losses(model, heads, batch, histories_only):
+    """-> {name: scalar} for a batch of Batches."""
+    image, inside, sources, captions = batch
+    B, N = inside.shape
+    manipulated = (inside > 0.6).float()                                         # (B, N)
+    genuine = (inside < 0.05).float()                # patches between are left out
+    both = genuine / genuine.sum(1, keepdim=True).clamp(min=1)
+    both = both + manipulated / manipulated.sum(1, keepdim=True).clamp(min=1)    # (B, N)
+    weight = both / both.sum()
+    source = torch.where(inside > 0.6, sources[:, 1:], sources[:, :1])           # (B, N)
+
+    if not histories_only:
+        captions = [f"{CLASSES[i % 2]}, {caption}" for i, caption in enumerate(captions)]
+    distinct = list(dict.fromkeys(captions))
+    place = torch.tensor([distinct.index(caption) for caption in captions])      # of each part
+
+    features = patch_features(model, image)                                      # (B, N, D)
+    texts = text_features(model, distinct).float()                               # (T, D)
+    logits = model.logit_scale.exp().clamp(max=100) * features @ texts.T         # (B, N, T)
+    errors = F.cross_entropy(logits.flatten(0, 1), place[source].flatten(), reduction="none")
+    losses = {"captions": (weight.flatten() * errors).sum(),
+              "sources": same_source(heads["source"](features), source, both)}
+    if not histories_only:
+        logits = class_logits(model, features) + heads["bias"].weight[0, 0]      # (B, N)
+        errors = F.binary_cross_entropy_with_logits(logits, manipulated, reduction="none")
+        labels = torch.arange(B) % 2
+        losses["map"] = (weight * errors).sum()
+        losses["image"] = F.binary_cross_entropy_with_logits(pooled(logits), labels.float())
+    return losses
+
+
+WEIGHTS = {"captions": 0.3, "sources": 0.5, "map": 1.0, "image": 1.0}
+
+
+# ------------------------------------------------------------------------------------------ loop
+
+def rank_auc(values, labels):
+    """Chance that a value of label 1 lies above one of label 0, ties half: 1-d tensors."""
+    positive = values[labels > 0][:, None]
+    negative = values[labels == 0][None]
+    return ((positive > negative).float() + 0.5 * (positive == negative).float()).mean().item()
+
+
+@torch.no_grad()
+def measure(model, pairs):
+    """Pixel AUC (mean over manipulated pictures, patch by patch) and image AUC of the map of the
+    class words alone, on pairs of held-out photos."""
+    pixel, scores = [], []
+    for number in range(64):
+        for label in (0, 1):
+            image, region, _ = pairs.make(number, label)
+            image = data.to_tensor(image)[None]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = class_logits(model, patch_features(model, image)).float()   # (1, N)
+            scores.append(pooled(logits))
+            region = torch.from_numpy(np.asarray(region, np.float32))[None] / 255
+            inside = F.avg_pool2d(region, 8).flatten() > 0.5                     # (N,)
+            if inside.any() and not inside.all():
+                pixel.append(rank_auc(logits[0], inside))
+    return np.mean(pixel), rank_auc(torch.cat(scores), torch.arange(len(scores)) % 2)
+
+
+class Training:
+    """Everything that a pretraining is at a moment, so that it can go on after any end."""
+
+    def __init__(self, args):
+        torch.manual_seed(args.seed)
+        self.args = args
+        self.model = clip.CLIP(**SIZES)
+        self.heads = nn.ModuleDict({"source": nn.Linear(SIZES["embed_dim"], 64),
+                                    "bias": nn.Linear(1, 1, bias=False)})
+        self.mean = copy.deepcopy(self.model)            # averaged weights: what comes out
+        self.state = {"stage": "distil" if args.teacher else "regions", "step": 0,
+                      "minutes": {"distil": 0.0, "regions": 0.0}}
+        self.optimizers = self.make_optimizers(args.lr_distil)
+        self.file = Path(args.out, "last.pt")
+        if self.file.exists():
+            saved = torch.load(self.file, weights_only=True)
+            self.state = saved["state"]
+            if self.state["stage"] == "regions":
+                self.optimizers = self.make_optimizers(args.lr)
+            for name, part in self.parts().items():
+                part.load_state_dict(saved[name])
+
+    def parts(self):
+        named = {f"optimizer{i}": part for i, part in enumerate(self.optimizers)}
+        return {"model": self.model, "mean": self.mean, "heads": self.heads, **named}
+
+    def make_optimizers(self, lr):
+        """Muon (Jordan et al. 2024) for the matrices of the image tower's blocks, AdamW for all
+        else: ours, it distils in half the time."""
+        matrices = [p for p in self.model.visual.transformer.parameters() if p.ndim == 2]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in [*self.model.parameters(), *self.heads.parameters()]
+                  if id(p) not in chosen]
+        optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0,
+                                       adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
         for optimizer in optimizers:
-            optimizer.step()
-        if clock.steps % 200 == 0:
-            torch.save(model.state_dict(), args.out)
-            print(f"distil {done:4.0%} step {clock.steps}  relative error of embedding and "
-                  "blocks " + " ".join(f"{loss.item():.3f}" for loss in losses), flush=True)
+            optimizer.param_groups[0]["base"] = lr
+        return optimizers
 
+    def save(self):
+        parts = {name: part.state_dict() for name, part in self.parts().items()}
+        torch.save({"state": self.state, **parts}, f"{self.file}.part")
+        Path(f"{self.file}.part").replace(self.file)
+        torch.save(self.mean.state_dict(), Path(self.args.out, "tower.pt"))
 
-def caption(model, loader, minutes, lr, lr_tower):
-    """Contrast patches with captions; the tower moves slowly, its stem and head and texts fast."""
-    slow = [p for name, p in model.visual.named_parameters()
-            if not name.startswith(("stem", "proj", "ln_post"))]
-    fast = [p for p in model.parameters() if all(p is not q for q in slow)]
-    groups = [{"params": slow, "base": lr_tower}, {"params": fast, "base": lr}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
-    clock = Clock(minutes, 100)
-    for image, tokens, same in loader:
-        done = clock.tick(optimizer)
-        if done >= 1:
-            return
-        patches = F.normalize(model.encode_patches(clip.normalize(image))[1], dim=-1)  # (B, N, D)
-        text = F.normalize(model.encode_text(tokens), dim=-1)                  # (T, D)
-        similarity = torch.einsum("bnd,td->btn", patches, text)                # (B, T, N)
-        B, T, N = similarity.shape
-        scale = model.logit_scale.exp().clamp(max=100)
-        logits = scale * ecpl.pool_score(20 * similarity.flatten(0, 1), 0.1).view(B, T) / 20
-        target = same / same.sum(dim=1, keepdim=True)                          # (B, T)
-        loss = -((target * logits.log_softmax(1)).sum(1).mean()
-                 + (target * logits.T.log_softmax(1)).sum(1).mean()) / 2
-        optimizer.zero_grad()
+    def step(self, loss, rate):
+        """One step of the optimizers at a share `rate` of their learning rate."""
+        self.model.zero_grad()
+        self.heads.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if clock.steps % 100 == 0:
-            right = same.gather(1, logits.argmax(dim=1, keepdim=True)).mean()
-            print(f"captions {done:4.0%} step {clock.steps}  loss {loss.item():.3f}  "
-                  f"right caption of {B}: {right.item():.0%}", flush=True)
+        weights = [*self.model.parameters(), *self.heads.parameters()]
+        length = nn.utils.clip_grad_norm_(weights, 5.0)
+        if not math.isfinite(length):
+            raise SystemExit(f"error: the loss is {loss.item()} at step {self.state['step']}: "
+                             "lower --lr and start again")
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate * optimizer.param_groups[0]["base"]
+            optimizer.step()
+        self.state["step"] += 1
+        decay = min(0.999, self.state["step"] / (self.state["step"] + 10))
+        with torch.no_grad():
+            for mean, weight in zip(self.mean.parameters(), self.model.parameters()):
+                mean.lerp_(weight, 1 - decay)
+
+
+def run_stage(training, loader, minutes, compute, watch):
+    """Train until the stage has had its minutes. compute: (batch, share done) -> {name: loss}."""
+    stage = training.state["stage"]
+    spent = training.state["minutes"]
+    began = saved = time.time()
+    before = spent[stage]
+    rows, sums = Path(training.args.out, "log.csv"), {}
+    for count, batch in enumerate(loader, start=1):
+        done = spent[stage] / minutes
+        if done >= 1:
+            break
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = compute(batch, done)
+        total = sum(WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
+        rate = min(1.0, count / 100)                     # each start is warmed up
+        if stage == "distil":
+            rate *= max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
+        elif done > 0.85:                                # the last part cools down
+            rate *= max(0.02, (1 - done) / 0.15)
+        training.step(total, rate)
+        spent[stage] = before + (time.time() - began) / 60
+
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0.0) + loss.item()
+        if count % 200 == 0:
+            words = "  ".join(f"{name} {value / 200:.3f}" for name, value in sums.items())
+            print(f"{stage} {spent[stage]:.1f} min  step {training.state['step']}  {words}",
+                  flush=True)
+            sums.clear()
+        if time.time() - saved > 600:
+            saved = time.time()
+            training.save()
+            record(training, rows, watch)
+    training.save()
+    record(training, rows, watch)
+
+
+def record(training, file, watch):
+    """Add a line to log.csv: how good the averaged weights are by now."""
+    state = training.state
+    if state["stage"] == "distil":
+        return
+    pixel, image = measure(training.mean, watch)
+    row = [round(state["minutes"]["regions"], 1), state["step"], f"{pixel:.4f}", f"{image:.4f}"]
+    print(f"held-out photos: pixel AUC {pixel:.3f}, image AUC {image:.3f}", flush=True)
+    new = not file.exists()
+    with open(file, "a", newline="") as out:
+        if new:
+            csv.writer(out).writerow(["minutes", "step", "pixel_auc", "image_auc"])
+        csv.writer(out).writerow(row)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--photos", required=True, help="folder of genuine photos")
-    parser.add_argument("--teacher", help="pretrained CLIP to distil, a name or file of clip.load")
-    parser.add_argument("--start", help="file to go on from: of this script, or of train.py")
-    parser.add_argument("--out", default="runs/tiny.pt")
-    parser.add_argument("--distil-minutes", type=float, default=45)
-    parser.add_argument("--caption-minutes", type=float, default=8)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--photos", nargs="+", required=True, help="folders of genuine photos")
+    parser.add_argument("--out", default="runs/tower", help="folder; goes on if it holds a start")
+    parser.add_argument("--teacher", help="a CLIP to distil first, a name or file of clip.load")
+    parser.add_argument("--distil-minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=360, help="of stage 2, over all starts")
+    parser.add_argument("--lr-distil", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--histories-only", action="store_true", help="do not say what is pasted")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    model, photos = clip.CLIP(**SIZES), sorted(Path(args.photos).iterdir())
-    if args.start:
-        model.load_state_dict(clip.load(args.start).state_dict(), strict=False)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    if args.teacher:
+    torch.set_num_threads(1)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+
+    photos, held_out = [], []
+    for folder in args.photos:
+        for i, path in enumerate(sorted(Path(folder).iterdir())):
+            if i % 8:
+                photos.append(path)
+            elif i % 16 == 8:
+                held_out.append(path)
+    training = Training(args)
+    seed = (args.seed, training.state["step"])           # new pictures after each start
+    watch = synthesis.PairSet(held_out, size=192, count=0, seed=1)
+
+    if training.state["stage"] == "distil":
         teacher = clip.load(args.teacher).visual.requires_grad_(False)
-        if teacher.proj.shape[0] != SIZES["vision_width"] or teacher.patch_size != 16:
-            sys.exit(f"error: the teacher has width {teacher.proj.shape[0]} and patches of "
-                     f"{teacher.patch_size} pixels, expected {SIZES['vision_width']} and 16: "
-                     "leave out --teacher")
-        crops = DataLoader(Crops(photos, args.batch, args.seed), batch_size=None, num_workers=1)
-        distil(model, teacher, crops, args, lr=2e-3)
-    pairs = Captioned(photos, size=64, count=10 ** 6, seed=args.seed)
-    loader = DataLoader(pairs, batch_size=64, num_workers=1, collate_fn=collate)
-    caption(model, loader, args.caption_minutes, lr=1e-3, lr_tower=2e-4 if args.teacher else 1e-3)
-    torch.save(model.state_dict(), args.out)
+        loader = DataLoader(Crops(photos, seed), batch_size=None, num_workers=1)
+
+        def compute(image, done):
+            errors = distillation(training.model.visual, teacher, image, 0.3 + 1.5 * done)
+            return {f"block{i}": error for i, error in enumerate(errors)}
+
+        run_stage(training, loader, args.distil_minutes, compute, watch)
+        training.state["stage"] = "regions"
+        training.mean.load_state_dict(training.model.state_dict())
+        training.optimizers = training.make_optimizers(args.lr)
+
+    def compute(batch, done):
+        return region_losses(training.model, training.heads, batch, args.histories_only)
+
+    loader = DataLoader(Batches(photos, seed), batch_size=None, num_workers=1, prefetch_factor=4)
+    run_stage(training, loader, args.minutes, compute, watch)
 
 
 if __name__ == "__main__":
