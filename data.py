@@ -10,7 +10,6 @@ import io
 import json
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,18 +33,15 @@ class BadPicture(ValueError):
 @contextmanager
 def opened(path):
     """An image file, only its header read; every failure, in the body too, becomes BadPicture."""
+    Image.MAX_IMAGE_PIXELS = None                    # Pillow warns and refuses earlier than we do
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # the limit is ours
-            image = Image.open(path)
-        with image:
+        with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"found {image.width} x {image.height} pixels, expected at most "
                                  f"{MAX_PIXELS:,}: make it smaller")
             yield image
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError,
-            Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
+    except Exception as error:                       # damage has many faces
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.removeprefix(f"{path}: ").splitlines()[0]
         raise BadPicture(f"{path}: {reason}") from error
 
@@ -148,7 +144,7 @@ LAYOUTS = {      # the first one that every picture fits is taken
                     inverted=True),
     "folders": Layout(f"{GENUINE}/.*", f"{MANIPULATED}/(.*)", f"{MASKS}/(.*?)(?:_gt|_mask)?",
                       scene="([^/]*?)(?:_[of])?"),
-    "IMD2020": Layout("[^/]*/[^/]*_orig", "([^/]*/[^/]*)", "([^/]*/[^/]*)_mask",
+    "IMD2020": Layout("[^/]*/[^/]*_orig", "([^/]*/[^/]*(?<!_orig))", "([^/]*/[^/]*)_mask",
                       scene="([^/]*)/[^/]*"),
 }
 
@@ -165,9 +161,12 @@ def roles_in(layout, names):
     for file, name in names.items():
         for role in ("mask", "unused", "genuine", "manipulated"):      # a mask is no picture
             groups = match(getattr(layout, role), name)
-            if groups is not None:
+            if groups is None:
+                continue
+            doubtful = role == "genuine" and match(layout.manipulated, name) is not None
+            if not doubtful:                                           # not in tp/real/
                 roles[file] = role, groups
-                break
+            break
     return roles
 
 
@@ -187,9 +186,9 @@ def find_layout(root, names):
     known = roles_in(LAYOUTS["folders"], names)
     if known or any(re.fullmatch(words, part) for name in names.values()
                     for part in name.split("/")[:-1]):
-        odd = next(file for file in names if file not in known)
-        raise ValueError(f"found {odd}, which fits no layout, expected in {root} only folders of "
-                         "genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and "
+        odd = [file for file in names if file not in known] or list(names)
+        raise ValueError(f"found {odd[0]}, which fits no layout, expected in {root} only folders "
+                         "of genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and "
                          "masks: rename or move it, or write a list image,label,mask")
     return "no labels", {}
 
@@ -212,15 +211,18 @@ def read_folder(root):
     scene, inverted = LAYOUTS[layout].scene, LAYOUTS[layout].inverted
 
     problems, masks, pictures, first = [], {}, [], {}
+    unclear = set()                                # two masks for one picture: neither is used
     for file, (role, groups) in roles.items():
         if role == "mask" and masks.setdefault(groups, file) != file:
             problems.append(f"duplicate: {file} beside {masks[groups]}")
+            unclear.add(groups)
     for file, (role, groups) in roles.items():
         if role not in ("genuine", "manipulated"):
             continue
         mask = None
         if role == "manipulated":
-            mask = masks.get(groups)
+            if groups not in unclear:
+                mask = masks.get(groups)
             if first.setdefault(groups, file) != file:
                 problems.append(f"duplicate: {file} beside {first[groups]}")
             if masks and not mask:
@@ -250,7 +252,14 @@ def list_rows(file):
         if not {"image", "label"} <= set(reader.fieldnames or ()):
             raise ValueError(f"its first line is {lines[0][1] if lines else ''!r:.60}")
         return [(reader.line_num, row["image"], row.get("mask"), row["label"]) for row in reader]
-    return [(i, *line.rsplit(maxsplit=2)) for i, line in lines if line.strip()]     # MVSS-Net
+    rows = []                                                  # MVSS-Net: image mask label
+    for i, line in lines:
+        words = line.rsplit(maxsplit=2)
+        if len(words) == 3:
+            rows.append((i, *words))
+        elif words:
+            raise ValueError(f"line {i} is {line!r:.60}")
+    return rows
 
 
 def read_list(file):
@@ -260,8 +269,8 @@ def read_list(file):
         rows = list_rows(file)
         for number, image, mask, label in rows:
             if str(label).strip() not in ("0", "1"):
-                raise ValueError(f"line {number}: found label {label!r}, expected 0 (genuine) or "
-                                 "1 (manipulated)")
+                raise ValueError(f"line {number}: found label {label!r:.60}, expected 0 (genuine) "
+                                 "or 1 (manipulated)")
             label = int(label)
             path = file.parent / image.strip()
             if label == 0 or mask in ("", "None", None):
@@ -335,8 +344,9 @@ def read_set(path, masks=True, decode=False):
         if not any(problem.startswith("bad file") for problem in problems):
             pictures.append(picture)
     if not pictures:
-        raise ValueError(f"found no usable picture in {root} ({report.problems[-1]}), expected "
-                         "some: folders au/ and tp/, or a list")
+        reason = (report.problems or ["it is empty"])[-1]
+        raise ValueError(f"found no usable picture in {root} ({reason}), expected some: folders "
+                         "au/ and tp/, or a list")
 
     labels = {picture.label for picture in pictures}
     for label, name in enumerate(("genuine", "manipulated")):

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ import ecpl
 
 BATCH = 8                  # windows a forward pass
 MIN_SIDE = 16              # pixels: less has nothing to compare
-CAUTION = ("The shipped model is a small demonstration and often wrong, on genuine pictures too: "
-           "never decide by it alone.")
+CAUTION = "A score is not a proof: genuine pictures are called manipulated too. Never decide by it alone."
+SHIPPED = "The shipped model is a small demonstration. "
 
 
 # ---------------------------------------------------------------------------- picture -> answer
@@ -169,7 +170,7 @@ def overlay(picture, result):
     canvas = Image.composite(tint(heat), picture, mask.point(lambda value: 0.45 * value))
 
     # a contour that shows on dark and on bright: white, with black around it
-    thickness = max(W, H) // 400 + 1
+    thickness = max(W, H) // 800 + 1
     for colour, reach in (("black", 2 * thickness), ("white", thickness)):
         soft = mask.filter(ImageFilter.BoxBlur(reach))
         line = soft.point([255 if 0 < value < 255 else 0 for value in range(256)])
@@ -201,28 +202,33 @@ def thumbnail(path):
 REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body{font:16px sans-serif;margin:1em;background:#f4f4f2}img{width:100%;display:block}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}
+main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em;
+align-items:start}
 figure{margin:0;padding:.6em;background:#fff;overflow-wrap:anywhere}.manipulated{color:#a00}
 </style><h1>SAPL report</h1>
 """
 
 
-def write_report(out, rows, names, model):
+def write_report(out, rows, names, checkpoint):
     """out/report.html from the rows of results.csv: one file, no network, sorted by score."""
+    model = f"{Path(checkpoint).name}, SHA-256 {clip.sha256_of(checkpoint)[:12]}"
+    caution = SHIPPED + CAUTION if checkpoint == clip.TINY else CAUTION
     done = [row for row in rows if not row["error"]]
     failed = [row for row in rows if row["error"]]
     manipulated = [row for row in done if row["decision"] == "manipulated"]
-    parts = [REPORT, f"<p>{len(done)} pictures, {len(manipulated)} called manipulated"
+    parts = [REPORT, f"<p>Pictures: {len(done)}, {len(manipulated)} called manipulated"
              f"{f', {len(failed)} failed' if failed else ''}. Model: {html.escape(model)}. "
-             f"{datetime.date.today()}.</p><p><b>{CAUTION}</b> Outlined and tinted, orange (0.5) "
+             f"{datetime.date.today()}.</p><p><b>{caution}</b> Outlined and tinted, orange (0.5) "
              "to violet (1): where the map lies above 0.5. Sorted by score.</p><main>\n"]
     for row in sorted(done, key=lambda row: -float(row["score"])):
         name = names[row["path"]]
-        image = thumbnail(out / f"{name}_overlay.png")
+        file = out / f"{name}_overlay.png"
+        image = thumbnail(file) if file.exists() else "(its overlay was removed) "
         label = html.escape(row["path"])
-        parts.append(f'<figure><a href="{html.escape(name)}_overlay.png">{image}</a>'
-                     f'<b class="{row["decision"]}">{row["decision"]}</b> {row["score"]}, '
-                     f'{float(row["area"]):.0%} marked<br>{label}</figure>\n')
+        parts.append(f'<figure><a href="{quote(file.name)}">{image}</a>'
+                     f'<b class="{row["decision"]}">{row["decision"]}</b>, score '
+                     f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>{label}'
+                     '</figure>\n')
     for row in failed:
         parts.append(f"<figure>{html.escape(row['path'])}: {html.escape(row['error'])}</figure>\n")
     (out / "report.html").write_text("".join(parts), encoding="utf-8")
@@ -238,23 +244,28 @@ def collect(arguments, out):
     there is nothing. What lies in the folder `out` is left out of folders."""
     words = []
     for argument in arguments:
-        words += sys.stdin.read().splitlines() if argument == "-" else [argument]
+        lines = sys.stdin.read().splitlines() if argument == "-" else [argument]
+        words += [line for line in lines if line.strip()]             # "" would be this folder
 
     paths = []
+    endings = set()                                  # of what is no picture
     for word in words:
         if Path(word).is_dir():
             for path in sorted(Path(word).rglob("*")):
                 hidden = path.name.startswith(".")
                 ours = out.resolve() in path.resolve().parents
-                if path.suffix.lower() in data.EXTENSIONS and not hidden and not ours:
+                if path.suffix.lower() not in data.EXTENSIONS:
+                    endings.add(path.suffix)
+                elif not hidden and not ours:
                     paths.append(path)
         elif Path(word).exists():
             paths.append(Path(word))
         else:
             paths += [Path(path) for path in sorted(glob.glob(word, recursive=True))] or [Path(word)]
     if not any(path.exists() for path in paths):
-        raise ValueError(f"found no picture at {' '.join(words) or 'nothing'}, expected files "
-                         f"({', '.join(data.EXTENSIONS)}), folders or a glob: check the path")
+        endings = ", ".join(sorted(endings - {""})) or "nothing known"
+        raise ValueError(f"found no picture at {' '.join(words) or '-'} ({endings}), expected "
+                         f"files ({', '.join(data.EXTENSIONS)}), folders or a glob: check the path")
     return list(dict.fromkeys(paths))
 
 
@@ -337,7 +348,7 @@ def run(model, args):
         write_rows(out / "results.csv", rows.values())
         text = [{key: "" if value is None else str(value) for key, value in row.items()}
                 for row in rows.values()]
-        write_report(out, text, names, f"{model.clip.name}, {args.checkpoint or clip.TINY.name}")
+        write_report(out, text, names, args.checkpoint or clip.TINY)
     print(f"{len(paths) - failed} of {len(paths)} pictures done: {out / 'report.html'}, "
           f"{out / 'results.csv'}", file=sys.stderr)
     return 1 if failed else 0
@@ -368,7 +379,7 @@ def main(arguments=None):
     try:
         model = SAPL.load(args.checkpoint, args.device, args.precision)
         if not args.checkpoint:
-            print(f"note: {CAUTION}", file=sys.stderr)
+            print(f"note: {SHIPPED}{CAUTION}", file=sys.stderr)
         return run(model, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

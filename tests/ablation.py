@@ -1,190 +1,232 @@
-"""What each part of SAPL brings: short trainings with parts switched on and off. Run by hand.
+"""What each part of SAPL brings: short trainings with a part left out or replaced. Run by hand.
 
-    python tests/ablation.py --clip FILE --photos GENUINE_PHOTOS --composites SET [--seeds 0 1 2]
+    python tests/ablation.py --clip FILE [FILE ..] --photos GENUINE_PHOTOS --composites SET
 
-Each run trains one variant on synthetic manipulations of the photos (every eighth photo is held out
-and makes the test set "synthetic"), then goes on from there with the pictures and labels of SET/train
-and is measured on SET/val. Image labels only; masks measure, they never train. Every variant has the
-same data, steps and seeds (but "pairs beside the labels" and its control, "twice the steps": two
-times the steps on the composites). Finished runs are kept in --out/runs.csv and not made again, so an
-interrupted ablation goes on, and several may run side by side. Prints two Markdown tables: means, and
-differences seed by seed.
+Each run trains one variant, CLIP frozen or with LoRA, on synthetic manipulations of the photos, by
+image labels alone, as train.py does by default. All variants have the same pictures, steps and
+seeds. Of the photos, sorted by name, every eighth never trains (nor did it in weights/make.py), and
+every sixteenth makes the test set "synthetic"; "composites" is SET, which no run has trained on.
+
+Finished runs stay in --out/runs.csv and are not made again: an interrupted ablation goes on, and
+several may run side by side. Prints two Markdown tables: means, and differences seed by seed.
 """
 import argparse
-import contextlib
 import csv
-import io
+import fcntl
+import itertools
+import os
+import re
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch                                                    # noqa: E402 (path first)
+import torch.nn.functional as F                                 # noqa: E402
 
-import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
+import ecpl                                                     # noqa: E402
 import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
+from evaluate import evaluate                                   # noqa: E402
+from weights import synthesis                                   # noqa: E402
 
-FIELDS = ("variant", "seed", "set", "n", "pixel_auc", "pixel_f1_best_global", "image_auc", "seconds")
-PLAIN, BASE = "plain learned prompt", "SAPL, edges alone"
-VARIANTS = {
-    "multiple instances, no text": {"prompts": "none", "hecl": 0.0},
-    PLAIN: {"prompts": "plain", "hecl": 0.0},
-    "+ attention to patches (control)": {"prompts": "patches", "hecl": 0.0},
-    "+ ECPL, edges alone": {"prompts": "edges", "hecl": 0.0},
-    "+ ECPL": {"hecl": 0.0},
-    "+ HECL": {"prompts": "plain"},
-    "+ ECPL + HECL (SAPL)": {},
-    BASE: {"prompts": "edges"},
-} | {f"{BASE}, {name}": {"prompts": "edges"} | change for name, change in {
-    # the changes were measured from this base on: what is better than it became the default later
-    "tower frozen, no LoRA": {"tune": "none"},
-    "pairs beside the labels": {"pairs": 0.5},           # of the composites' genuine pictures
-    "twice the steps": {"epochs": 2},                    # on the composites
-    "one level": {"levels": (6,)},
-    "vv attention": {"dense": "vv"},
-    "qq + kk attention": {"dense": "qqkk"},
-    "edges from features": {"edge_source": "features"},
-    "batch only, no queue": {"hecl_queue": 0},
-    "mosaics 2 x 2": {"mosaic": 2},
-    "no zoom": {"zoom": 1},
-    "LoRA in all blocks": {"lora_share": 1.0},
-    "LoRA in the last half": {"lora_share": 0.5},
-    "whole tower trained": {"tune": "full", "lr_clip": 2e-4},
-}.items()}
+METRICS = ("pixel_auc", "pixel_f1_best_global", "image_auc", "text_change")
+KEY = ("set", "tower", "tune", "variant", "seed")        # what runs.csv has a row of METRICS for
 
 
-def prepare(args):
-    """What all runs share: -> (CLIP file of the first blocks, photos to train on, synthetic set)."""
-    backbone, kept, held = (args.out / name for name in ("clip.pt", "photos", "synthetic"))
-    if not held.is_dir():
-        files = sorted(Path(args.photos).iterdir())
-        kept.mkdir(parents=True)
-        for i, path in enumerate(files):
-            if i % 8:
-                shutil.copy(path, kept / path.name)
-        model = clip.load(args.clip)
-        del model.visual.transformer.resblocks[args.blocks:]
-        torch.save(model.state_dict(), backbone)
-        pairs = data.SynthesisSet(files[::8], size=192, count=200, seed=1)
-        with contextlib.redirect_stdout(io.StringIO()):
-            data.write_synthesis(pairs, held)
-    return backbone, kept, held
+# -------------------------------------------------------------------------------------- variants
+
+class NoText(ecpl.ECPL):
+    """Two learned class vectors instead of text features."""
+
+    def __init__(self, clip_model, **sizes):
+        super().__init__(clip_model, **sizes)
+        D = clip_model.visual.proj.shape[1]
+        own = torch.Generator().manual_seed(torch.initial_seed())        # others' numbers stay
+        vectors = torch.randn(len(ecpl.CLASSES), D, generator=own)             # (C, D)
+        self.vectors = torch.nn.Parameter(vectors * D ** -0.5)
+
+    def forward(self, clip_model, levels, edges, h, w):
+        return F.normalize(self.vectors, dim=-1)[None]                         # (1, C, D)
 
 
-def measure(name, seed, set_name, checkpoint, pictures, began):
-    """Rows of the table: of a trained model, and once of the baselines."""
-    model = infer.SAPL.load(checkpoint, "cpu")
-    summary, _ = infer.evaluate(model, pictures, raw=True)
-    found = {name: summary}
-    if name == next(iter(VARIANTS)) and seed == 0:
-        found |= {f"({key})": values for key, values in summary["baselines"].items()}
-    return [{key: values.get(key, "") for key in FIELDS}
-            | {"variant": label, "seed": seed, "set": set_name, "n": summary["n"],
-               "seconds": round(time.time() - began)} for label, values in found.items()]
+class PlainPrompt(ecpl.ECPL):
+    """The learned context alone: it reads no picture."""
+
+    def forward(self, clip_model, levels, edges, h, w):
+        context = self.context.flatten(0, 1)[None]                             # (1, C * M, Dt)
+        return self.encode(clip_model, context)                                # (1, C, D)
 
 
-def run(name, seed, args):
-    """Train one variant with one seed, measure it -> rows for the table."""
-    began, (backbone, kept, held) = time.time(), prepare(args)
-    out = args.out / f"{name}-{seed}".replace(" ", "_")
-    shutil.rmtree(out, ignore_errors=True)
-    common = {"seed": seed, "epochs": 1, "workers": 0, "precision": args.precision,
-              "max_side": 256} | VARIANTS[name]
-    first = train.train(train.Config(**{
-        "synthesize": str(kept), "out": str(out / "a"), "clip": str(backbone), "size": 64,
-        "count": args.count, "batch": 24, "lr": 1e-3, "val": 0.03, "zoom": 2} | common
-        | {"epochs": 1}))
-    rows = measure(name, seed, "synthetic", first, data.read_set(held)[0], began)
-    if args.composites:
-        folder, began = Path(args.composites), time.time()
-        second = train.train(train.Config(**{
-            "data": str(folder / "train"), "out": str(out / "b"), "init": str(first), "size": 128,
-            "batch": 16, "lr": 5e-4, "val": 0.1} | common))
-        rows += measure(name, seed, "composites", second, data.read_set(folder / "val")[0][::2], began)
-    shutil.rmtree(out)
-    return rows
+class PatchPrompt(ecpl.ECPL):
+    """Prompts that read patches as they are, without their edges."""
+
+    def enhance(self, levels, edges, h, w):
+        return [x.detach() for x in levels]                                    # [(B, N, Dv)]
 
 
-def table(rows):
-    """Print the rows of the CSV as a Markdown table, mean +- standard deviation over seeds."""
-    columns = [(s, m) for s in dict.fromkeys(row["set"] for row in rows) for m in FIELDS[4:7]]
-    print("| variant | seeds | " + " | ".join(f"{s}: {m}" for s, m in columns) + " |")
-    print("|---" * (2 + len(columns)) + "|")
-    names = dict.fromkeys(row["variant"] for row in rows)
-    for name in sorted(names, key=[*VARIANTS, *names].index):
-        cells = []
-        for s, metric in columns:
-            values = [float(row[metric]) for row in rows
-                      if (row["variant"], row["set"]) == (name, s) and row[metric]]
-            cells.append(f"{statistics.mean(values):.3f}" if values else "-")
-            if len(values) > 1:
-                cells[-1] += f" ± {statistics.stdev(values):.3f}"
-        seeds = len({row["seed"] for row in rows if row["variant"] == name})
-        print(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+PLAIN = "plain prompt"
+VARIANTS = {                                             # {name: (module, weight of HECL)}
+    "no text": (NoText, 0.0),
+    PLAIN: (PlainPrompt, 0.0),
+    "prompts that read patches": (PatchPrompt, 0.0),
+    "ECPL": (ecpl.ECPL, 0.0),
+    "ECPL + HECL (SAPL)": (ecpl.ECPL, train.Config.hecl),
+}
 
 
-def differences(rows):
-    """Print what the parts bring to the plain prompt and the changes to BASE: mean +- deviation of
-    the differences between runs with the same seed, from which the seeds' own are gone."""
-    found = {(row["variant"], row["set"], row["seed"]): row for row in rows if row["image_auc"]}
-    sets, seeds = (sorted({key[i] for key in found}, reverse=i == 1) for i in (1, 2))
-    print("\n| difference | to | " + " | ".join(f"{s}: pixel AUC / image AUC" for s in sets) + " |")
-    print("|---" * (2 + len(sets)) + "|")
-    for name in VARIANTS:
-        base = BASE if name.startswith(BASE + ",") else PLAIN
-        cells = []
-        for s in sets if name != base else ():
-            pairs = [(found[name, s, seed], found[base, s, seed]) for seed in seeds
-                     if (name, s, seed) in found and (base, s, seed) in found]
-            values = [[float(a[metric]) - float(b[metric]) for a, b in pairs]
-                      for metric in ("pixel_auc", "image_auc")]
-            cells.append(" / ".join(f"{statistics.mean(x):+.3f} ± {statistics.stdev(x):.3f}"
-                                    for x in values) if len(pairs) > 1 else "-")
-        if cells:
-            print(f"| {name} | {base} | " + " | ".join(cells) + " |")
+# ------------------------------------------------------------------------------------------ runs
+
+def hold(path, how=fcntl.LOCK_EX):
+    """Open a file that no other process may hold, until it is closed or this process ends."""
+    file = open(path, "a+", newline="", encoding="utf-8")
+    fcntl.flock(file, how)
+    return file
+
+
+def prepare(folder, out):
+    """What all runs share, made once: a list of photos to train on, and the synthetic set."""
+    train_list = out / "train.csv"
+    with hold(out / "prepare.lock"):                     # others wait
+        if train_list.exists():
+            return train_list
+        photos = sorted(Path(folder).resolve().iterdir())
+        pairs = synthesis.PairSet(photos[::16], size=192, count=200, seed=1)
+        synthesis.write(pairs, out / "synthetic")
+        lines = [f'"{photo}",0' for i, photo in enumerate(photos) if i % 8]
+        train_list.write_text("\n".join(["image,label", *lines]), encoding="utf-8")
+    return train_list
+
+
+def fit(tower, tune, variant, seed, train_list, folder, args):
+    """Train a variant -> the model of infer.py."""
+    kind, hecl = VARIANTS[variant]
+    config = train.Config(synthesize=str(train_list), out=str(folder), clip=tower, tune=tune,
+                          hecl=hecl, seed=int(seed), size=args.size, count=args.count, epochs=1,
+                          val=0.02, workers=0)
+    shutil.rmtree(folder, ignore_errors=True)            # of a run that did not end
+    with mock.patch.object(ecpl, "ECPL", kind):          # SAPL makes its prompts with this class
+        best = train.train(config)
+        model = infer.SAPL.load(best, precision="fp32")  # bf16 rounds small differences of text
+    shutil.rmtree(folder)
+    return model
+
+
+@torch.no_grad()
+def text_change(model, pictures):
+    """How much the text features of two pictures differ: 1 - cosine of their t_1 - t_0, mean over
+    all pairs of pictures; 0 if prompts read no picture."""
+    found = []
+    for picture in pictures:
+        image = model.view(data.open_image(picture.path))[None]                # (1, 3, H, W)
+        text = model(image.to(model.bias.device)).text                         # (1, C, D)
+        found.append(text[0, 1] - text[0, 0])
+    directions = F.normalize(torch.stack(found).double(), dim=-1)              # (n, D)
+    apart = (1 - directions @ directions.T).clamp(min=0)                       # (n, n)
+    return apart.sum().item() / (len(found) ** 2 - len(found))
+
+
+def measure(model, name, pictures, key, out):
+    """Measure a trained variant on a set, add a row to runs.csv."""
+    summary, _ = evaluate(model, pictures, raw=True)
+    genuine = [picture for picture in pictures if picture.label == 0]
+    summary["text_change"] = text_change(model, genuine[:32])
+    row = [name, *key]
+    for metric in METRICS:
+        row.append(f"{summary[metric]:.6f}")
+    print(" | ".join(row), flush=True)
+
+    with hold(out / "runs.csv") as file:
+        writer = csv.writer(file)
+        if file.seek(0, os.SEEK_END) == 0:
+            writer.writerow((*KEY, *METRICS))
+        writer.writerow(row)
+
+
+def read(out):
+    """runs.csv as {(set, tower, tune, variant, seed): [number of each of METRICS]}."""
+    found = {}
+    with hold(out / "runs.csv") as file:
+        file.seek(0)
+        for row in csv.DictReader(file):
+            key = tuple(row[name] for name in KEY)
+            found[key] = [float(row[metric]) for metric in METRICS]
+    return found
+
+
+def less_plain(found):
+    """Each row less the plain prompt's of the same set, tower, tune and seed."""
+    differences = {}
+    for key, numbers in found.items():
+        plain = found.get((*key[:3], PLAIN, key[4]))
+        if plain and key[3] != PLAIN:
+            differences[key] = [own - base for own, base in zip(numbers, plain)]
+    return differences
+
+
+def spread(numbers, form):
+    """Mean and, of several, standard deviation, as text."""
+    if len(numbers) == 1:
+        return format(numbers[0], form)
+    return f"{statistics.mean(numbers):{form}} ± {statistics.stdev(numbers):.4f}"
+
+
+def print_table(title, found, form):
+    """A Markdown table of means over the seeds."""
+    print(f"\n| set | tower | tune | {title} | seeds | {' | '.join(METRICS)} |")
+    print("|---" * (5 + len(METRICS)) + "|")
+    keys = sorted(found, key=lambda key: (*key[:3], list(VARIANTS).index(key[3])))
+    for group, of_group in itertools.groupby(keys, key=lambda key: key[:4]):
+        rows = [found[key] for key in of_group]
+        cells = [spread(column, form) for column in zip(*rows)]
+        print(f"| {' | '.join(group)} | {len(rows)} | {' | '.join(cells)} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clip", required=True, help="pretrained CLIP, a name or file of clip.load")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--clip", nargs="+", required=True, help="files of CLIP weights")
     parser.add_argument("--photos", required=True, help="folder of genuine photos")
-    parser.add_argument("--composites", help="folder with train/ and val/, labelled, val with masks")
+    parser.add_argument("--composites", metavar="SET", help="labelled set with masks, to measure")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--blocks", type=int, default=6, help="of the image tower, from the first")
-    parser.add_argument("--count", type=int, default=6144, help="synthetic pictures of a run")
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants; default all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--precision", default="fp32", help="of the training, fp32 or bf16")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=6144, help="pictures of a run")
+    parser.add_argument("--size", type=int, default=train.Config.size, help="their pixels")
+    parser.add_argument("--tune", nargs="+", choices=("none", "lora"), default=["none", "lora"])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    prepare(args)
-    done = args.out / "runs.csv"
-    for seed in args.seeds:
-        for name in args.only:
-            claim = args.out / f"{name}-{seed}.claimed".replace(" ", "_")
-            if claim.exists():
-                continue
-            claim.touch()
-            try:
-                new = run(name, seed, args)
-            except BaseException:
-                claim.unlink()
-                raise
-            with done.open("a", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                if not file.tell():
-                    writer.writeheader()
-                writer.writerows(new)
-    rows = list(csv.DictReader(done.open()))
-    table(rows)
-    differences(rows)
+    torch.set_num_threads(1)
+    for tower in args.clip:
+        if train.is_sapl(tower):
+            parser.error(f"found {tower}, a trained SAPL, expected weights of a CLIP alone")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_list = prepare(args.photos, args.out)
+    sets = {"synthetic": data.read_set(args.out / "synthetic")[0]}
+    if args.composites:
+        sets["composites"] = data.read_set(args.composites)[0]
+
+    keys = itertools.product(args.clip, args.tune, args.only, map(str, args.seeds))
+    for key in sorted(keys, key=lambda key: key[3]):     # a seed of all before the next
+        folder = args.out / re.sub(r"\W+", "_", "-".join(key))
+        try:
+            lock = hold(f"{folder}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:                          # another process makes this run
+            continue
+        with lock:
+            found = read(args.out)
+            missing = [name for name in sets if (name, *key) not in found]
+            if missing:
+                model = fit(*key, train_list, folder, args)
+            for name in missing:
+                measure(model, name, sets[name], key, args.out)
+    found = read(args.out)
+    print_table("variant", found, ".4f")
+    print_table(f"variant, less the {PLAIN}", less_plain(found), "+.4f")
 
 
 if __name__ == "__main__":

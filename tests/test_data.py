@@ -471,7 +471,8 @@ def test_masks_of_all_kinds(tmp_path, kind):
         expected = TRUTH[::2, ::2]
     assert np.array_equal(data.read_mask(pictures[1]), expected)
     assert not data.read_mask(pictures[0]).any()             # genuine: nothing
-    said = {"turned": ["mask on its side"], "half size": ["mask of another size than its picture"]}.get(kind, [])
+    said = {"turned": ["mask on its side"],
+            "half size": ["mask of another size than its picture"]}.get(kind, [])
     assert [problem.split(",")[0].split(":")[0] for problem in report.problems] == said
 
 

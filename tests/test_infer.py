@@ -527,7 +527,7 @@ def test_what_is_done_survives_an_interruption(zoo, infer_main, tmp_path, monkey
 def test_the_real_command(zoo, checkpoint, tmp_path):
     paths = [f"{zoo}/grey.png", f"{zoo}/a b ü 图.png"]
     command = [sys.executable, ROOT / "infer.py", "-", "--checkpoint", checkpoint]
-    call = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    call = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           encoding="utf-8", input="\n".join(paths))
     assert call.returncode == 0, call.stderr
     assert [line.split("  ")[0] for line in call.stdout.splitlines()] == paths

@@ -207,7 +207,7 @@ def test_the_command_makes_a_set_and_the_same_again(photos, tmp_path, capsys):
 
     script = ROOT / "weights/synthesis.py"                   # as a user types it
     call = subprocess.run([sys.executable, script, *words, "--out", two], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=300)
     assert call.returncode == 0, call.stderr
     assert contents(two) == contents(one)
 

@@ -39,12 +39,13 @@ from torch.utils.data import DataLoader, Dataset                # noqa: E402
 import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
 import synthesis                                                # noqa: E402
+from ecpl import CLASSES, pool_score                            # noqa: E402
+from train import auc                                           # noqa: E402
 
 SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=6, vision_width=192,
              vision_patch_size=8, context_length=77, vocab_size=514, transformer_width=128,
              transformer_layers=3, stem=(32, 96))
 BATCHES = ((96, 20), (128, 12), (192, 5))        # (pixels, pairs), in turn: about equal work
-CLASSES = ("genuine", "manipulated")
 
 
 # -------------------------------------------------------------------------------------- pictures
@@ -193,11 +194,6 @@ def class_logits(model, features):
     return 10 * features @ (manipulated - genuine)                               # (B, N)
 
 
-def pooled(logits):
-    """The mean of the strongest tenth: (B, N) -> (B,)."""
-    return logits.topk(max(1, logits.shape[1] // 10), dim=1).values.mean(dim=1)
-
-
 def same_source(z, source, weight):
     """Patches of one source attract, all others of the batch repel: z (B, N, d), source and weight
     (B, N) -> scalar. InfoNCE over 24 patches a picture, drawn by weight."""
@@ -240,7 +236,8 @@ def region_losses(model, heads, batch, histories_only):
         errors = F.binary_cross_entropy_with_logits(logits, manipulated, reduction="none")
         labels = torch.arange(B) % 2
         losses["map"] = (weight * errors).sum()
-        losses["image"] = F.binary_cross_entropy_with_logits(pooled(logits), labels.float())
+        losses["image"] = F.binary_cross_entropy_with_logits(pool_score(logits, 0.1),
+                                                             labels.float())
     return losses
 
 
@@ -248,13 +245,6 @@ WEIGHTS = {"captions": 0.3, "sources": 0.5, "map": 1.0, "image": 1.0}
 
 
 # ------------------------------------------------------------------------------------------ loop
-
-def rank_auc(values, labels):
-    """Chance that a value of label 1 lies above one of label 0, ties half: 1-d tensors."""
-    positive = values[labels > 0][:, None]
-    negative = values[labels == 0][None]
-    return ((positive > negative).float() + 0.5 * (positive == negative).float()).mean().item()
-
 
 @torch.no_grad()
 def measure(model, pairs):
@@ -267,12 +257,12 @@ def measure(model, pairs):
             image = data.to_tensor(image)[None]
             with torch.autocast("cpu", torch.bfloat16):
                 logits = class_logits(model, patch_features(model, image)).float()   # (1, N)
-            scores.append(pooled(logits))
+            scores.append(pool_score(logits, 0.1))
             region = torch.from_numpy(np.asarray(region, np.float32))[None] / 255
             inside = F.avg_pool2d(region, 8).flatten() > 0.5                     # (N,)
             if inside.any() and not inside.all():
-                pixel.append(rank_auc(logits[0], inside))
-    return np.mean(pixel), rank_auc(torch.cat(scores), torch.arange(len(scores)) % 2)
+                pixel.append(auc(logits[0].numpy(), inside.numpy()))
+    return np.mean(pixel), auc(torch.cat(scores).numpy(), np.arange(len(scores)) % 2)
 
 
 class Training:
@@ -345,8 +335,9 @@ def run_stage(training, loader, minutes, compute, watch):
     """Train until the stage has had its minutes. compute: (batch, share done) -> {name: loss}."""
     stage = training.state["stage"]
     spent = training.state["minutes"]
-    began = saved = time.time()
+    began = time.process_time()                          # other programs do not count
     before = spent[stage]
+    saved = time.time()
     rows, sums = Path(training.args.out, "log.csv"), {}
     for count, batch in enumerate(loader, start=1):
         done = spent[stage] / minutes
@@ -361,7 +352,7 @@ def run_stage(training, loader, minutes, compute, watch):
         elif done > 0.85:                                # the last part cools down
             rate *= max(0.02, (1 - done) / 0.15)
         training.step(total, rate)
-        spent[stage] = before + (time.time() - began) / 60
+        spent[stage] = before + (time.process_time() - began) / 60
 
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.item()
@@ -398,8 +389,9 @@ def main():
     parser.add_argument("--photos", nargs="+", required=True, help="folders of genuine photos")
     parser.add_argument("--out", default="runs/tower", help="folder; goes on if it holds a start")
     parser.add_argument("--teacher", help="a CLIP to distil first, a name or file of clip.load")
-    parser.add_argument("--distil-minutes", type=float, default=30)
-    parser.add_argument("--minutes", type=float, default=360, help="of stage 2, over all starts")
+    parser.add_argument("--distil-minutes", type=float, default=20,
+                        help="processor minutes of stage 1")
+    parser.add_argument("--minutes", type=float, default=360, help="processor minutes of stage 2, over all starts")
     parser.add_argument("--lr-distil", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--histories-only", action="store_true", help="do not say what is pasted")

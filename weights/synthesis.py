@@ -187,17 +187,22 @@ def make_stamp(photo, donor, kind, rng, words):
         for _ in range(rng.integers(0, 3)):
             stamp, word = random_edit(stamp, rng)
             words.append(word)
-    stamp.putalpha(outline)
 
+    # colours and outline one by one: together, their bicubic overshoot would leave a bright rim
     if rng.random() < 0.4:
         stamp = ImageOps.mirror(stamp)
+        outline = ImageOps.mirror(outline)
     if rng.random() < 0.4:
         factor = 2 ** rng.uniform(-0.5, 0.5)
         stamp = ImageOps.scale(stamp, factor)
+        outline = ImageOps.scale(outline, factor)
         words.append("enlarged" if factor > 1 else "reduced")
     if rng.random() < 0.4:
-        stamp = stamp.rotate(rng.uniform(-60, 60), Image.Resampling.BICUBIC, expand=True)
+        angle = rng.uniform(-60, 60)
+        stamp = stamp.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+        outline = outline.rotate(angle, Image.Resampling.BICUBIC, expand=True)
         words.append("rotated")
+    stamp.putalpha(outline)
     return stamp
 
 
@@ -247,7 +252,8 @@ def synthesize(photo, donor, rng, kind=None):
             return Manipulated(image, region, kind, words)
 
     # a flat picture: make it plain
-    image = Image.composite(ImageOps.invert(photo), photo, region)
+    other = photo.point([(value + 128) % 256 for value in range(256)] * 3)
+    image = Image.composite(other, photo, region)
     return Manipulated(image, region, "local edit", ["inverted"])
 
 
@@ -336,6 +342,9 @@ def main(arguments=None):
                              "--out")
         pictures, _ = data.read_set(args.photos, masks=False)
         photos = [picture.path for picture in pictures if picture.label != 1]
+        if not photos:
+            raise ValueError(f"found only manipulated pictures in {args.photos}, expected genuine "
+                             "ones: name a folder of photos")
         write(PairSet(photos, size=args.size, count=2 * args.count, seed=args.seed), out)
         if args.preview:
             data.contact_sheet(data.read_set(out)[0], args.preview)
