@@ -1,8 +1,8 @@
 """Pictures and labels: reading data sets in the field's layouts, and feeding the training.
 
-Reading order: one picture -> a data set on disk -> masks, for measuring -> the training set ->
-what is wrong with a set (`python data.py SET`). Label 1 and mask 1 = manipulated. The training set
-holds paths and labels only: no way to a mask. Without arguments: a short lesson.
+Reading order: one picture -> a data set on disk -> the training set -> what is wrong with a set
+(`python data.py SET`; without SET a short lesson). Label 1 = manipulated. Masks are found and named
+here, never read: only tests/evaluate.py does, to measure. The training set holds paths and labels.
 """
 import argparse
 import csv
@@ -307,20 +307,6 @@ def check(picture, decode):
     return []
 
 
-def are_inverted(pictures, problems):
-    """Whether the masks of a set are black where manipulated, as NIST16's and DSO-1's are."""
-    masked = [picture for picture in pictures if picture.mask][:16]
-    if not masked or masked[0].inverted:
-        return False
-    white = np.mean([read_mask(picture).mean() for picture in masked])
-    if white <= 0.5:
-        return False
-    if re.search(r"(?<![a-z])(nist|nc2016|dso|splicing-)", str(masked[0].mask).lower()):
-        return True
-    problems.append(f"masks inverted? {white:.0%} of their pixels are white")
-    return False
-
-
 def read_set(path, masks=True, decode=False):
     """A folder or list -> (pictures, Report) without unusable files, which the report names.
 
@@ -352,8 +338,6 @@ def read_set(path, masks=True, decode=False):
     for label, name in enumerate(("genuine", "manipulated")):
         if report.layout != "no labels" and label not in labels:
             report.problems.append(f"one class only: no {name} pictures")
-    if are_inverted(pictures, report.problems):
-        pictures = [picture._replace(inverted=True) for picture in pictures]
     return pictures, report
 
 
@@ -367,38 +351,6 @@ def split(pictures, fraction, seed):
         scene = picture.source or str(picture.path)
         (val if scene in held_out else train).append(picture)
     return train, val
-
-
-# -------------------------------------------------------------------------- masks, for measuring
-
-def binarize(image, path):
-    """A mask image of any kind -> (H, W) bool."""
-    rgb = to_rgb(image, "black")
-    if path.stem.endswith("_edgemask"):              # Columbia: green, bright or dark, and red
-        red, green, _ = rgb.split()
-        return np.asarray(green) > np.asarray(red)                                # (H, W)
-    values = np.asarray(rgb.convert("L"))                                         # (H, W)
-    top = values.max()
-    if top > 127 or image.format == "JPEG":
-        return values > 127
-    return values > top / 2                          # 0 and 1, or a dark palette
-
-
-def read_mask(picture):
-    """Picture -> mask (H, W) uint8 {0, 1} of its own size, upright as the picture; ValueError if
-    there is none."""
-    size, turn = picture_size(picture.path)
-    if picture.label == 0:
-        return np.zeros(size, np.uint8)                                           # (H, W)
-    if not picture.mask:
-        raise ValueError(f"found no mask for {picture.path}, expected one to compare with")
-    with opened(picture.mask) as image:
-        mask = Image.fromarray(binarize(image, picture.mask) != picture.inverted)
-    W, H = mask.size
-    if (W, H) == size != (H, W):                     # on its side: as its picture was, else
-        mask.getexif()[0x0112] = turn if turn >= 5 else 8              # ours: anticlockwise
-        mask = ImageOps.exif_transpose(mask)
-    return np.asarray(mask, dtype=np.uint8)                                       # (H, W)
 
 
 # ------------------------------------------------------------------------------ the training set
@@ -526,8 +478,7 @@ def contact_sheet(pictures, path, cell=128):
         x, y = i % 3 * width, i // 3 * height
         sheet.paste(ImageOps.contain(open_image(picture.path), (cell, cell)), (x, y))
         if picture.mask:
-            mask = Image.fromarray(read_mask(picture) * 255)
-            sheet.paste(ImageOps.contain(mask, (cell, cell)), (x + cell, y))
+            sheet.paste(ImageOps.contain(open_image(picture.mask), (cell, cell)), (x + cell, y))
         ImageDraw.Draw(sheet).text((x, y + cell), picture.path.name, fill="black")
     sheet.save(path)
 

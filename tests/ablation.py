@@ -7,8 +7,8 @@ image labels alone, as train.py does by default. All variants have the same pict
 seeds. Of the photos, sorted by name, every eighth never trains (nor did it in weights/make.py), and
 every sixteenth makes the test set "synthetic"; "composites" is SET, which no run has trained on.
 
-Finished runs stay in --out/runs.csv and are not made again: an interrupted ablation goes on, and
-several may run side by side. Prints two Markdown tables: means, and differences seed by seed.
+Finished runs, of one --count and --size, stay in --out/runs.csv and are not made again: an ended
+ablation goes on, several may run side by side. Prints means, and differences seed by seed.
 """
 import argparse
 import csv
@@ -35,8 +35,8 @@ import train                                                    # noqa: E402
 from evaluate import evaluate                                   # noqa: E402
 from weights import synthesis                                   # noqa: E402
 
+KEY = ("set", "tower", "tune", "variant", "seed")        # columns of runs.csv
 METRICS = ("pixel_auc", "pixel_f1_best_global", "image_auc", "text_change")
-KEY = ("set", "tower", "tune", "variant", "seed")        # what runs.csv has a row of METRICS for
 
 
 # -------------------------------------------------------------------------------------- variants
@@ -104,15 +104,14 @@ def prepare(folder, out):
 
 
 def fit(tower, tune, variant, seed, train_list, folder, args):
-    """Train a variant -> the model of infer.py."""
+    """Train a variant -> an infer.SAPL, in fp32: bf16 rounds small differences of text."""
     kind, hecl = VARIANTS[variant]
     config = train.Config(synthesize=str(train_list), out=str(folder), clip=tower, tune=tune,
                           hecl=hecl, seed=int(seed), size=args.size, count=args.count, epochs=1,
                           val=0.02, workers=0)
     shutil.rmtree(folder, ignore_errors=True)            # of a run that did not end
     with mock.patch.object(ecpl, "ECPL", kind):          # SAPL makes its prompts with this class
-        best = train.train(config)
-        model = infer.SAPL.load(best, precision="fp32")  # bf16 rounds small differences of text
+        model = infer.SAPL.load(train.train(config), precision="fp32")
     shutil.rmtree(folder)
     return model
 
@@ -136,11 +135,8 @@ def measure(model, name, pictures, key, out):
     summary, _ = evaluate(model, pictures, raw=True)
     genuine = [picture for picture in pictures if picture.label == 0]
     summary["text_change"] = text_change(model, genuine[:32])
-    row = [name, *key]
-    for metric in METRICS:
-        row.append(f"{summary[metric]:.6f}")
+    row = [name, *key] + [f"{summary[metric]:.6f}" for metric in METRICS]
     print(" | ".join(row), flush=True)
-
     with hold(out / "runs.csv") as file:
         writer = csv.writer(file)
         if file.seek(0, os.SEEK_END) == 0:
@@ -219,11 +215,11 @@ def main():
             continue
         with lock:
             found = read(args.out)
-            missing = [name for name in sets if (name, *key) not in found]
-            if missing:
-                model = fit(*key, train_list, folder, args)
-            for name in missing:
-                measure(model, name, sets[name], key, args.out)
+            if all((name, *key) in found for name in sets):
+                continue
+            model = fit(*key, train_list, folder, args)
+            for name, pictures in sets.items():
+                measure(model, name, pictures, key, args.out)
     found = read(args.out)
     print_table("variant", found, ".4f")
     print_table(f"variant, less the {PLAIN}", less_plain(found), "+.4f")

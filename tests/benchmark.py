@@ -146,20 +146,20 @@ def make_step(objective, optimizer, image, labels, in_bf16=True):
 
 def parts_of_step(objective, optimizer, image, labels):
     """{part of a step: a call of it alone}, on what the other parts give it."""
-    model, hecl = objective.model, objective.hecl
+    model = objective.model
     pixels = clip.normalize(image)                                             # (B, 3, H, W)
     h, w = model.clip.visual.grid(pixels)
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
         levels, _ = model.clip.encode_patches(pixels, model.config["levels"])  # [(B, N, Dv)]
-        output = model(image)
-    edges, logits = output.edges, output.logits.flatten(1)                     # (B, N)
-    depths = [z.requires_grad_() for z in output.depths]                       # [(B, N, D)]
+        found = model(image)
+    logits = found.logits.flatten(1)                                           # (B, N)
+    depths = [z.requires_grad_() for z in found.depths]                        # [(B, N, D)]
     leaves = depths + [p for p in objective.parameters() if p.requires_grad]
     return {
         "image tower": there_and_back(lambda: model.clip.visual(pixels), leaves),
         "edges": lambda: ecpl.pool_edges(ecpl.soft_edges(image), h, w),
-        "ECPL": there_and_back(lambda: model.ecpl(model.clip, levels, edges, h, w), leaves),
-        "HECL": there_and_back(lambda: hecl(depths, edges, logits, labels), leaves),
+        "ECPL": there_and_back(lambda: model.ecpl(model.clip, levels, found.edges, h, w), leaves),
+        "HECL": there_and_back(lambda: objective.hecl(depths, found.edges, logits, labels), leaves),
         "optimizer": optimizer.step,
     }
 
@@ -222,11 +222,11 @@ def bench_infer(args):
         row("1 megapixel", f"{best['bf16']:.2f} s", best[name] / best["bf16"], name)
 
     if args.pictures:
-        paths = [picture.path for picture in data.read_set(args.pictures, masks=False)[0]]
-        answers = [(half.localize(path), full.localize(path)) for path in paths]
+        pictures, _ = data.read_set(args.pictures, masks=False)
+        answers = [(half.localize(each.path), full.localize(each.path)) for each in pictures]
         apart = max(abs(a.score - b.score) for a, b in answers)
         differ = len([a for a, b in answers if a.decision != b.decision])
-        print(f"\n{len(paths)} pictures in bf16 and fp32: scores differ by {apart:.4f} at most, "
+        print(f"\n{len(pictures)} pictures in bf16 and fp32: scores differ by {apart:.4f} at most, "
               f"{differ} decisions differ")
 
 

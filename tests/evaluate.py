@@ -14,6 +14,7 @@ and mask 1 = manipulated. Shapes: H, W pixels of a picture or mask; n whatever i
 import argparse
 import csv
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -51,6 +52,53 @@ ATTACKS = (                                # the grid of IMDL-BenCo
     "noise:3", "noise:7", "noise:11", "noise:15", "noise:19", "noise:23")    # variance of 0-255
 ROW = ("set", "path", "label", "score", *COUNTS, "f1", "iou", "auc", "precision", "recall",
        "f1_best", "fp_area", "left_out", "error")                    # of per_image.csv
+
+
+# ----------------------------------------------------------------------------------------- masks
+
+def binarize(image, path):
+    """A mask image of any kind -> (H, W) bool."""
+    rgb = data.to_rgb(image, "black")
+    if path.stem.endswith("_edgemask"):              # Columbia: green, bright or dark, and red
+        red, green, _ = rgb.split()
+        return np.asarray(green) > np.asarray(red)                                # (H, W)
+    values = np.asarray(rgb.convert("L"))                                         # (H, W)
+    top = values.max()
+    if top > 127 or image.format == "JPEG":
+        return values > 127
+    return values > top / 2                          # 0 and 1, or a dark palette
+
+
+def read_mask(picture):
+    """Picture -> mask (H, W) uint8 {0, 1} of its own size, upright as the picture; ValueError if
+    there is none."""
+    size, turn = data.picture_size(picture.path)
+    if picture.label == 0:
+        return np.zeros(size, np.uint8)                                           # (H, W)
+    if not picture.mask:
+        raise ValueError(f"found no mask for {picture.path}, expected one to compare with")
+    with data.opened(picture.mask) as image:
+        mask = Image.fromarray(binarize(image, picture.mask) != picture.inverted)
+    W, H = mask.size
+    if (W, H) == size != (H, W):                     # on its side: as its picture was, else
+        mask.getexif()[0x0112] = turn if turn >= 5 else 8              # ours: anticlockwise
+        mask = ImageOps.exif_transpose(mask)
+    return np.asarray(mask, dtype=np.uint8)                                       # (H, W)
+
+
+def right_way_round(pictures, problems):
+    """Pictures of a set whose masks are black where manipulated, as NIST16's and DSO-1's are, are
+    marked so; masks that are mostly white without such a name are a problem."""
+    masked = [picture for picture in pictures if picture.mask][:16]
+    if not masked or masked[0].inverted:
+        return pictures
+    white = np.mean([read_mask(picture).mean() for picture in masked])
+    if white <= 0.5:
+        return pictures
+    if re.search(r"(?<![a-z])(nist|nc2016|dso|splicing-)", str(masked[0].mask).lower()):
+        return [picture._replace(inverted=True) for picture in pictures]
+    problems.append(f"masks inverted? {white:.0%} of their pixels are white")
+    return pictures
 
 
 # -------------------------------------------------------------------------------------- formulas
@@ -214,7 +262,7 @@ def measure(model, picture, attack, raw):
     # what has no mask to compare with has an image score alone
     if picture.label == 1 and not picture.mask:
         return row | {"left_out": "no mask (pixel metrics)"}, {}
-    truth = data.read_mask(picture).astype(bool)                                  # (H, W)
+    truth = read_mask(picture).astype(bool)                                  # (H, W)
     if picture.label == 1 and not truth.any():
         return row | {"left_out": "empty mask (pixel metrics)"}, {}
     if truth.all():
@@ -329,6 +377,7 @@ def evaluate(model, pictures, *, attack=None, raw=False):
 def read(name, limit):
     """A set -> (pictures, number of unreadable files); says what is wrong with it."""
     pictures, report = data.read_set(name)
+    pictures = right_way_round(pictures, report.problems)
     if not any(picture.label is not None for picture in pictures):
         raise ValueError(f"found no labels in {name}, expected genuine and manipulated pictures: "
                          "put them into folders au/ and tp/, or write a list image,label,mask")

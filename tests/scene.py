@@ -17,9 +17,10 @@ sys.path.insert(0, str(ROOT))
 import infer                                                    # noqa: E402 (path first)
 from weights import synthesis                                   # noqa: E402
 
-BLUE, WHITE = np.array([95, 140, 205]), np.array([240, 238, 235])                # of the sky
-HILLS = ((130, 145, 140), (105, 130, 90), (85, 110, 50))                         # far to near
-GAP = 8                                                          # pixels between the panels
+BLUE = np.array([95, 140, 205])                                 # of the sky
+WHITE = np.array([240, 238, 235])                               # of its clouds
+HILLS = ((130, 145, 140), (105, 130, 90), (85, 110, 50))        # far to near
+GAP = 8                                                         # pixels between the panels
 
 
 # --------------------------------------------------------------------------------------- drawing
@@ -79,16 +80,23 @@ def manipulate(image, seed):
 
 def arrange(rows):
     """Rows of PIL RGB panels, rows equally wide -> one picture on white."""
-    width = sum(panel.width for panel in rows[0]) + GAP * (len(rows[0]) - 1)
-    heights = [max(panel.height for panel in row) for row in rows]
-    sheet = Image.new("RGB", (width, sum(heights) + GAP * (len(rows) - 1)), "white")
-    y = 0
-    for row, height in zip(rows, heights):
+    strips = []
+    for row in rows:
+        width = sum(panel.width for panel in row) + GAP * (len(row) - 1)
+        height = max(panel.height for panel in row)
+        strip = Image.new("RGB", (width, height), "white")
         x = 0
         for panel in row:
-            sheet.paste(panel, (x, y))
+            strip.paste(panel, (x, 0))
             x += panel.width + GAP
-        y += height + GAP
+        strips.append(strip)
+
+    height = sum(strip.height for strip in strips) + GAP * (len(strips) - 1)
+    sheet = Image.new("RGB", (strips[0].width, height), "white")
+    y = 0
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height + GAP
     return sheet
 
 

@@ -368,7 +368,7 @@ def test_the_map_is_resized_to_the_mask(red_set, monkeypatch):
         mask = red_picture(value).resize((40, 20), Image.Resampling.NEAREST)
         return (np.asarray(mask)[:, :, 0] > 127).astype(np.uint8)                # (20, 40)
 
-    monkeypatch.setattr(data, "read_mask", smaller)
+    monkeypatch.setattr(evaluate, "read_mask", smaller)
     pictures, _ = data.read_set(red_set)
     _, rows = evaluate.evaluate(RedIsManipulated(), pictures)
     for row in rows:

@@ -378,7 +378,7 @@ def test_the_report_is_one_file_sorted_by_score_with_links_that_work(answered, c
     assert "http" not in page and "<script" not in page
     done = [row for row in rows.values() if not row["error"]]
     manipulated = [row for row in done if row["decision"] == "manipulated"]
-    assert f"{len(done)} pictures, {len(manipulated)} called manipulated" in page
+    assert f"Pictures: {len(done)}, {len(manipulated)} called manipulated" in page
     assert f"{len(BROKEN)} failed" in page
     assert "mini" in page
     assert clip.sha256_of(checkpoint)[:8] in page

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import mini
 from weights import synthesis
 
@@ -222,7 +223,7 @@ def test_what_the_command_makes_is_a_set_without_problems(photos, tmp_path):
         assert (labels.count(0), labels.count(1)) == (3, 3)
         for picture in pictures:
             assert data.picture_size(picture.path)[0] == (64, 64)
-            assert data.read_mask(picture).any() == (picture.label == 1)
+            assert evaluate.read_mask(picture).any() == (picture.label == 1)
 
 
 def test_manipulated_pictures_are_not_taken_for_photos(photos, tmp_path, capsys):

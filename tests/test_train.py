@@ -1,387 +1,578 @@
-"""Training: what is learned, that nothing is lost, that several processes are one."""
+"""Training: what it learns, that nothing hangs or is lost, that a wrong call is one clear line."""
+import contextlib
+import io
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
+import ecpl
 import infer
+import mini
 import train
 from train import Config
 
 ROOT = Path(train.__file__).parent
 
 
-def draw(path, manipulated, rng):
-    """A smooth picture with a gradient; the manipulated ones get a noisy square."""
-    column = np.linspace(rng.integers(40, 90), rng.integers(130, 220), 72)
-    base = np.broadcast_to(column[:, None, None], (72, 72, 3)).copy()
-    base += rng.normal(0, 2, base.shape)
-    if manipulated:
-        y, x = rng.integers(0, 40, 2)
-        base[y:y + 30, x:x + 30] += rng.normal(0, 40, (30, 30, 3))
-    Image.fromarray(base.clip(0, 255).astype(np.uint8)).save(path, quality=95)
+def draw_set(root, count):
+    """count genuine pictures in root/au, as many manipulated ones in root/tp. Those of a number
+    are one scene."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("au", "tp")):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(mini.draw(label, rng)).save(root / name / f"{i}.png")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a data set of 24 + 24 pictures, and a miniature CLIP as a plain state dict."""
-    import clip
-    root, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
-    for name, label in (("au", 0), ("tp", 1)):
-        (root / "set" / name).mkdir(parents=True)
-        for i in range(24):
-            draw(root / "set" / name / f"{name}{i}.jpg", label, rng)
-    torch.manual_seed(0)
-    model = clip.CLIP(embed_dim=48, image_resolution=64, vision_layers=2, vision_width=64,
-                      vision_patch_size=16, context_length=77, vocab_size=514, transformer_width=64,
-                      transformer_layers=2)
-    torch.save(model.state_dict(), root / "mini.pt")
+    root = tmp_path_factory.mktemp("train")
+    draw_set(root / "set", 24)
+    torch.save(mini.mini_clip().state_dict(), root / "mini.pt")
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads wait for each other where the machine is busy; these models are too small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def settings(place, out, **changes):
-    """A short run on the CPU that shows everything, into the folder `out`."""
-    return Config(**{"data": str(place / "set"), "clip": str(place / "mini.pt"),
-                     "out": str(place / out), "size": 64, "batch": 8, "epochs": 2, "workers": 0,
-                     "val": 0.25, "lr": 2e-3, "hecl_queue": 40, "device": "cpu", **changes})
+    """A run of 2 epochs of 4 steps on the CPU, into the folder `out`."""
+    usual = {"data": str(place / "set"), "clip": str(place / "mini.pt"), "out": str(place / out),
+             "size": 64, "batch": 8, "epochs": 2, "workers": 0, "val": 0.25, "lr": 2e-3,
+             "hecl_queue": 40, "device": "cpu", "precision": "fp32"}
+    return Config(**{**usual, **changes})
 
 
-def state(config, name="last.pt"):
-    return infer.load_checkpoint(Path(config.out, name))
+def words_of(config):
+    """The command line of a Config, those of its settings that are not the defaults."""
+    words = []
+    for name, value in vars(config).items():
+        if value is True:
+            words.append(train.flag(name))
+        elif value != getattr(Config, name, ()):
+            words += [train.flag(name), str(value)]
+    return words
 
 
-def same(a, b, skip=("config", "settings", "history")):
-    """Are two checkpoints equal, bit for bit, but for times and folders?"""
+def start_or_resume(config):
+    """Train; go on where the folder of the run has one."""
+    if train.newest(config.out) is None:
+        return train.train(config)
+    config, state = train.settings_of({"out": config.out, "resume": True})
+    return train.train(config, state)
+
+
+def saved(config, name="last.pt"):
+    return ecpl.load_checkpoint(Path(config.out, name))
+
+
+NOT_COMPARED = ("settings", "config", "pictures_per_s", "minutes_left")      # folders, times
+
+
+def same(a, b):
+    """Are two checkpoints equal, bit for bit?"""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k], skip) for k in a if k not in skip)
+        keys = [key for key in a if key not in NOT_COMPARED]
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    return a == b
+
+
+def largest_difference(a, b):
+    """Of two dicts of tensors with the same keys."""
+    assert a.keys() == b.keys()
+    return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
 @pytest.fixture(scope="module")
 def reference(place):
-    """An undisturbed run of 2 epochs: its settings."""
-    config = settings(place, "reference", ema=0.9)
-    train.train(config)
-    return config
+    """An undisturbed run: its settings, and what it said on standard output and error."""
+    config = settings(place, "reference")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            assert train.main(words_of(config)) == 0
+    return SimpleNamespace(config=config, out=out.getvalue(), err=err.getvalue())
+
+
+# ----------------------------------------------------------------- nothing hangs: real processes
+
+LIMIT = 30           # seconds that a process may take to start, to train an epoch and to end
+DISTURBED = """
+import multiprocessing, os, signal, sys
+import train
+
+def disturbed(*arguments):
+    if train.newest({out!r}):                # there is something to keep
+        train.backward = real
+        {disturb}
+    return real(*arguments)
+
+real = train.backward
+train.backward = disturbed
+sys.exit(train.main(sys.argv[1:]))
+"""
+DISTURB = {
+    "exception": "raise RuntimeError('unforeseen')",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+    "SIGINT": "os.kill(os.getpid(), signal.SIGINT)",
+    "killed worker": "multiprocessing.active_children()[0].kill()",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "closed pipe": "pass",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes(place):
+    """One process for each entry of DISTURB, all at once and beside the tests of this file."""
+    started = {}
+    for name, disturb in DISTURB.items():
+        config = settings(place, name, epochs=1000, workers=2)
+        code = DISTURBED.format(out=config.out, disturb=disturb)
+        started[name] = subprocess.Popen(
+            [sys.executable, "-c", code, *words_of(config)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    reader = started["closed pipe"].stdout
+    reader.readline()
+    reader.close()
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name, status, said", [
+    ("exception", 1, "RuntimeError: unforeseen"),
+    ("SIGTERM", 143, "stopped and saved: go on with `python train.py --out {} --resume`"),
+    ("SIGINT", 130, "stopped and saved: go on with `python train.py --out {} --resume`"),
+    ("killed worker", 1, "error: DataLoader worker"),
+    ("killed", -signal.SIGKILL, ""),
+    ("closed pipe", 1, "")])
+def test_every_end_is_over_within_seconds(place, processes, name, status, said):
+    """`communicate` returns when nobody holds the pipes any more: no loader is left either."""
+    process = processes[name]
+    if process.stdout.closed:
+        process.stdout = None
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == status, err
+    assert said.format(place / name) in (out or "") + err
+    if name != "exception":
+        assert "Traceback" not in err
+
+    config, state = train.settings_of({"out": str(place / name), "resume": True})
+    assert state["epoch"] == len(state["history"]) >= 1
+    assert infer.SAPL.load(train.newest(config.out), "cpu").config["clip"] == config.clip
+
+
+def test_a_loader_that_just_started_can_be_ended():
+    """It inherits our handler: if that only took note, the end would wait for it forever."""
+    with train.Stop() as stop:
+        loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        loader.start()
+        loader.terminate()
+        loader.join(10)
+        ended = loader.exitcode is not None
+        loader.kill()
+    assert ended
+    assert stop.number == 0
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """The command `timeout` sends its signal to the process and to its group."""
+    now = 1000.0
+    monkeypatch.setattr(train.time, "time", lambda: now)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        with train.Stop() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            now += 2
+            signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 # ------------------------------------------------------------------------------- what is learned
 
-def test_lora_and_ecpl_learn_and_nothing_else(place):
-    config = settings(place, "lora", weight_decay=0.0, epochs=1)
-    torch.manual_seed(config.seed)
-    before = train.make_model(config).state_dict()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_learns(place, precision):
+    """Noise in a drawn picture is found in pictures that were never seen."""
+    if not (place / "large").exists():
+        draw_set(place / "large", 60)
+    config = settings(place, f"learned-{precision}", data=str(place / "large"), val=0.4, epochs=5,
+                      zoom=4, lora_share=1.0, precision=precision)
     train.train(config)
-    after = infer.SAPL.load(Path(config.out, "last.pt"), "cpu", merge=False).state_dict()
+    history = saved(config)["history"]
+    assert history[-1]["val_auc"] > 0.8                          # 48 pictures, chance: 0.5 +- 0.08
+    assert history[-1]["entropy"] < 0.8 * history[0]["entropy"]
+
+
+def test_lora_and_ecpl_learn_and_nothing_else(reference):
+    before = train.make_model(reference.config, ()).state_dict()
+    last = Path(reference.config.out, "last.pt")
+    after = ecpl.SAPL.load(last, "cpu", merge=False).state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    ours = {key for key in before if not infer.is_backbone(key)}
-    assert any(".lora." in key for key in ours)                # LoRA is there
+    calibration = {"map_shift", "score_shift"}                   # only best.pt has it
+    ours = {key for key in before if not ecpl.is_backbone(key)} - calibration
+    assert any("lora" in key for key in ours)
     assert moved == ours
 
 
-def test_tune_none_and_full(place):
-    for tune, backbone in (("none", False), ("full", True)):
-        run = train.Run(settings(place, "-", tune=tune))
-        trained = {k for k, p in run.model.named_parameters() if p.requires_grad}
-        assert any(map(infer.is_backbone, trained)) == backbone
-        assert all(key.startswith(("clip.visual.", "ecpl.")) for key in trained)
-        groups = run.groups()
-        assert {group["lr"] for group in groups} == ({2e-3, 1e-5} if backbone else {2e-3})
-        assert all((group["weight_decay"] > 0) == (p.ndim > 1)
-                   for group in groups for p in group["params"])
+@pytest.mark.parametrize("tune", ["none", "full"])
+def test_tune_none_and_full(place, tune):
+    config = settings(place, "-", tune=tune)
+    run = train.Run(config, None, ())
+    trained = {key for key, p in run.model.named_parameters() if p.requires_grad}
+    backbone = {key for key in trained if ecpl.is_backbone(key)}
+    assert not any("lora" in key for key in trained)
+    if tune == "none":
+        assert not backbone
+    else:
+        visual = {f"clip.visual.{key}" for key, _ in run.model.clip.visual.named_parameters()}
+        assert backbone == visual
 
 
-def test_thresholds_are_calibrated_on_genuine_pictures(reference):
-    """At most 10 % of the pixels are flagged, at most 10 % of the pictures called manipulated."""
-    model = infer.SAPL.load(Path(reference.out, "best.pt"), "cpu", merge=False)
-    found = [model.localize(p.path) for p in train.make_sets(reference)[3] if not p.label]
-    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.1
-    scores = [result.score for result in found]
-    assert 0 <= np.mean([score > model.score_threshold for score in scores]) <= 0.1
-    assert model.score_threshold in np.float64(scores)
-    assert model.threshold != 0.5 != model.score_threshold
-
-
-def test_calibration_survives_a_kill(reference, place):
-    """A kill between two renames leaves best.pt.previous alone: --resume calibrates that."""
-    shutil.copytree(reference.out, place / "lost")
-    config = Config(**{**vars(reference), "out": str(place / "lost"), "resume": True})
-    os.replace(place / "lost" / "best.pt", place / "lost" / "best.pt.previous")
-    train.train(config)
-    assert same(state(config, "best.pt"), state(reference, "best.pt"))
+def test_groups_of_the_optimizer(place):
+    """CLIP's own weights learn at a fifth of the rate, matrices decay, each weight is in once."""
+    run = train.Run(settings(place, "-", tune="full"), None, ())
+    groups = run.optimizer.param_groups
+    names = {id(p): key for key, p in run.model.named_parameters()}
+    for group in groups:
+        for p in group["params"]:
+            backbone = ecpl.is_backbone(names.get(id(p), "hecl"))
+            assert group["full_lr"] == (2e-3 / 5 if backbone else 2e-3)
+            assert (group["weight_decay"] > 0) == (p.ndim > 1)
+    members = [id(p) for group in groups for p in group["params"]]
+    expected = [*run.model.parameters(), *run.hecl.parameters()]
+    assert sorted(members) == sorted(id(p) for p in expected if p.requires_grad)
 
 
 @pytest.mark.parametrize("tune", ["none", "lora"])
 def test_hecl_trains_every_level_of_the_map(place, tune):
-    """On a frozen tower too: its own features have no gradient, the gates that join them have."""
-    run = train.Run(settings(place, "reach", tune=tune))
-    objective = train.Objective(run.model, run.hecl, run.config, 1.0)
-    objective(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]), 1.0)[2].backward()
-    assert all(gate.weight.grad.abs().sum() > 0 for gate in run.model.ecpl.level_gates)
+    """On a frozen tower too: its features have no gradient, but the projections of each level."""
+    run = train.Run(settings(place, "-", tune=tune), None, ())
+    objective = train.Objective(run.model, run.hecl, 0.1, 1.0)
+    losses = objective(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]), 1.0)        # (3,)
+    losses[2].backward()
+    assert len(run.model.depths.projections) == 2
+    for project in run.model.depths.projections:
+        assert project.weight.grad.abs().sum() > 0
 
 
-def test_a_run_with_another_hecl_is_not_resumed(place, reference):
-    shutil.copytree(reference.out, place / "old")
-    old = state(reference)
-    old["hecl"]["heads.0.weight"] = torch.zeros(64, 7)
-    torch.save(old, place / "old" / "last.pt")
-    with pytest.raises(ValueError, match="older version with another HECL.*--init"):
-        train.train(Config(out=str(place / "old"), resume=True))
+def test_the_sum_of_the_losses(place):
+    run = train.Run(settings(place, "-"), None, ())
+    objective = train.Objective(run.model.eval(), run.hecl.eval(), 0.5, 3.0)
+    image = torch.rand(4, 3, 64, 64)
+    labels = torch.tensor([0, 1, 0, 0])
+    with torch.no_grad():
+        total, entropy, contrast = objective(image, labels, 0.2)
+        score = run.model(image).score                                                   # (4,)
+    each = torch.where(labels == 1, 3 * torch.log1p((-score).exp()), torch.log1p(score.exp()))
+    assert torch.allclose(entropy, each.mean())
+    assert contrast > 0
+    assert torch.allclose(total, entropy + 0.2 * 0.5 * contrast)
 
 
 def test_unreadable_masks_change_nothing(place, reference):
     shutil.copytree(place / "set", place / "masked")
     (place / "masked" / "mask").mkdir()
     for path in (place / "masked" / "tp").iterdir():
-        (place / "masked" / "mask" / f"{path.stem}.png").write_bytes(b"no picture")
-    config = settings(place, "blind", ema=0.9, data=str(place / "masked"))
+        (place / "masked" / "mask" / path.name).write_bytes(b"no picture")
+    config = settings(place, "blind", data=str(place / "masked"))
     train.train(config)
-    assert same(state(config)["model"], state(reference)["model"])
+    assert same(saved(config), saved(reference.config))
 
 
-def test_mosaics_keep_cells_apart():
-    image = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 4, 6)
-    tiled = train.tile(image, 2)                                                  # (2, 3, 8, 12)
-    assert tiled.shape == (2, 3, 8, 12)
-    assert tiled[1, 0, ::4, ::6].tolist() == [[4, 5], [6, 7]]
-    patches = tiled[:, 0, ::2, ::2].flatten(1)                  # cells of 2 x 3 patches
-    cells = image[:, 0, ::2, ::2].flatten(1)                                      # (8, 6)
-    assert torch.equal(train.untile(patches, 2, 2, 3), cells)
-    deep = patches[..., None].expand(-1, -1, 5)                                   # (2, 24, 5)
-    assert torch.equal(train.untile(deep, 2, 2, 3)[..., 4], cells)
-
-
-@pytest.mark.parametrize("tune, blocks", [("lora", 1), ("none", 0), ("full", 2)])
-def test_validation_keeps_what_is_frozen(place, monkeypatch, tune, blocks):
-    """The second time only trained blocks are computed, no picture is read, the numbers stay."""
-    config = settings(place, f"kept-{tune}", tune=tune, lora_share=0.5)
-    _, val_set, *_ = train.make_sets(config)
-    run, calls, reads = train.Run(config), [], []
-    for block in run.model.clip.visual.transformer.resblocks:
-        block.register_forward_hook(lambda *_: calls.append(1))
-    read = type(val_set).__getitem__
-    monkeypatch.setattr(type(val_set), "__getitem__", lambda *item: reads.append(1) or read(*item))
-    first = train.validate(run, val_set)
-    steps = len(run.kept)
-    assert len(reads) == len(val_set) and len(calls) == 2 * steps > 0
-    with torch.no_grad():                                # training goes on
-        for p in run.model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn_like(p)
-    calls.clear(), reads.clear()
-    second = train.validate(run, val_set)
-    assert (len(reads), len(calls)) == (0, blocks * steps)
-    run.kept, run.room = [], 0
-    assert second == train.validate(run, val_set) != first      # computed anew, bit for bit
-    assert run.kept == []                                       # no room
-
-
-def test_parts_and_recomputation_change_nothing(place):
+def test_parts_of_a_batch_change_nothing(place):
     """Without HECL, whose contrast needs the whole batch, the gradients are the same."""
-    plain, parts = (settings(place, out, hecl=0.0, epochs=1, **more) for out, more in (
-        ("whole", {}), ("parts", {"accumulate": 2, "recompute": True})))
-    for config in (plain, parts):
-        train.train(config)
-    a, b = state(plain)["model"], state(parts)["model"]
-    assert max((a[key] - b[key]).abs().max() for key in a) < 1e-4
+    whole = settings(place, "whole", hecl=0.0, epochs=1)
+    parts = settings(place, "parts", hecl=0.0, epochs=1, accumulate=2)
+    train.train(whole)
+    train.train(parts)
+    assert largest_difference(saved(whole)["model"], saved(parts)["model"]) < 1e-4
 
 
-def test_start_from_a_checkpoint(place, reference):
-    config = settings(place, "-", init=str(Path(reference.out, "best.pt")), tune="full")
-    start, old = train.make_model(config).eval(), infer.SAPL.load(config.init, "cpu")
+def test_a_start_from_sapl_answers_like_it(place, reference):
+    best = Path(reference.config.out, "best.pt")
+    config = settings(place, "-", clip=str(best), tune="full")
+    start = train.make_model(config, ()).eval()
+    old = ecpl.SAPL.load(best, "cpu")
     image = torch.rand(2, 3, 64, 64)
-    assert torch.allclose(start(image).logits, old(image).logits, atol=1e-5)
-    assert start.config["size"] == 64
-    assert all(p.requires_grad for p in start.clip.visual.parameters())
+    with torch.no_grad():
+        assert torch.allclose(start(image).logits, old(image).logits, atol=1e-5)
+        assert torch.allclose(start(image).score, old(image).score, atol=1e-5)
+    assert start.config["context"] == old.config["context"]
+    assert start.map_shift == start.score_shift == 0             # calibrated anew in the end
 
 
 # --------------------------------------------------------------------------- order and selection
 
-def test_batches():
-    labels, config = [0] * 30 + [1] * 20, Config(batch=10, seed=3)
-    plan = train.batches(labels, 0, config, epoch=1)
+def test_batches_spread_the_classes():
+    labels = [0] * 30 + [1] * 20
+    config = Config(batch=10, seed=3, data="set")
+    plan = train.batches(labels, config, epoch=1)                                # (steps, batch)
+    assert plan.shape == (5, 10)
     assert sorted(plan.ravel().tolist()) == list(range(50))
-    assert all(Counter(labels[i] for i in row)[1] == 4 for row in plan)   # as in the whole
-    assert np.array_equal(plan, train.batches(labels, 0, config, epoch=1))
-    assert not np.array_equal(plan, train.batches(labels, 0, config, epoch=2))
-    made = Config(batch=10, seed=3, synthesize="photos")
-    plan = train.batches([0, 1] * 22, 44, made, epoch=0)
-    assert len(np.unique(plan)) == 40
-    for row in plan:                                             # pairs stay together
-        assert {i ^ 1 for i in row} == set(row)
-    mixed = Config(batch=10, seed=3, pairs=0.4)                  # 6 with labels, 2 pairs
-    plan = train.batches(labels + [0, 1] * 16, 32, mixed, epoch=0)
-    assert plan.shape == (8, 10) and len(np.unique(plan)) == 80
+    assert np.take(labels, plan).sum(axis=1).tolist() == [4] * 5
+    assert np.array_equal(plan, train.batches(labels, config, epoch=1))
+    assert not np.array_equal(plan, train.batches(labels, config, epoch=2))
+
+
+def test_batches_keep_pairs_together():
+    config = Config(batch=10, seed=3, synthesize="photos")
+    plan = train.batches([0, 1] * 22, config, epoch=0)
+    assert len(np.unique(plan)) == plan.size == 40
     for row in plan.tolist():
-        assert sum(i < 50 for i in row) == 6 and {labels[i] for i in row if i < 50} == {0, 1}
-        assert {i ^ 1 for i in row if i >= 50} == {i for i in row if i >= 50}
-
-
-def test_mosaics_keep_pairs_apart_and_mix_the_classes():
-    config = Config(batch=24, seed=1, synthesize="photos")
-    plan = train.batches([0, 1] * 1200, 2400, config, epoch=0)
-    mosaics = plan.reshape(-1, 4)                                # 2 x 2
-    assert all(i ^ 1 not in row for row in mosaics.tolist() for i in row)
-    count = Counter((mosaics % 2).sum(axis=1).tolist())          # manipulated cells of each
-    assert all(abs(count[k] / 600 - share / 16) < 0.06 for k, share in enumerate((1, 4, 6, 4, 1)))
+        assert {i ^ 1 for i in row} == set(row)
 
 
 def test_training_from_photos_sees_pairs(place, monkeypatch):
-    """What a step gets: both of each pair, alone or beside pictures with labels."""
-    seen, before = [], train.Objective.forward
-    monkeypatch.setattr(train.Objective, "forward", lambda self, image, labels, ramp: (
-        seen.append((image, labels)), before(self, image, labels, ramp))[1])
-    photos = str(place / "set" / "au")
-    train.train(settings(place, "pairs", data="", synthesize=photos, count=32, epochs=1))
-    for image, labels in seen:                                   # the lower half lies 4 further on
-        assert labels[:4].tolist() == (1 - labels[4:]).tolist()
-        near = (image[:4, None] - image[None, 4:]).abs().mean(dim=(2, 3, 4)).argmin(dim=1)
-        assert (near == torch.arange(4)).float().mean() > 0.7
-    seen.clear()
-    train.train(settings(place, "mixed", pairs=0.5, epochs=1))
-    assert len(seen) == 36 // 4
+    """With a loader process, as the command line has: each manipulation beside its original."""
+    config = settings(place, "pairs", data="", synthesize=str(place / "set" / "au"), count=32,
+                      epochs=1, workers=1)
+    seen = []
+    real = train.Objective.forward
+
+    def forward(self, image, labels, ramp):
+        seen.append((image, labels))
+        return real(self, image, labels, ramp)
+
+    monkeypatch.setattr(train.Objective, "forward", forward)
+    assert train.main(words_of(config)) == 0
+    assert len(seen) == 4
     for image, labels in seen:
-        assert set(labels[:4].tolist()) == {0, 1}
-        assert labels[4:6].tolist() == (1 - labels[6:]).tolist()
+        assert labels.tolist() == [0, 1] * 4
+        difference = image[1::2, None] - image[None, 0::2]                       # (4, 4, 3, H, W)
+        nearest = difference.abs().mean(dim=(2, 3, 4)).argmin(dim=1)             # (4,)
+        assert (nearest == torch.arange(4)).sum() >= 3
+        assert (image[0::2] != image[1::2]).flatten(1).any(dim=1).all()
 
 
-def test_validation_part_shares_nothing(place):
-    training, validation, seen, held_out = train.make_sets(settings(place, "-"))
-    a, b = ({photo.tobytes() for photo in part.photos} for part in (training, validation))
-    assert not a & b and len(a | b) == 48
-    assert [p.label for p in seen] == training.labels and set(training.labels) == {0, 1}
-    assert [p.label for p in held_out] == validation.labels and set(validation.labels) == {0, 1}
-    assert not {p.path for p in seen} & {p.path for p in held_out}
+def test_validation_shares_no_scene(place):
+    config = settings(place, "-")
+    training, held_out = train.read_pictures(config)
+    assert len(training) + len(held_out) == 48
+    assert not {p.source for p in training} & {p.source for p in held_out}
+    for part in (training, held_out):
+        assert {p.label for p in part} == {0, 1}
+        assert all(p.mask is None for p in part)
     photos = settings(place, "-", data="", synthesize=str(place / "set" / "au"), count=64)
-    training, validation, seen, held_out = train.make_sets(photos)
-    assert len(training) == 64 and len(validation) == 32 and len(seen) == 18 and len(held_out) == 6
+    training, held_out = train.read_pictures(photos)
+    assert not {p.path for p in training} & {p.path for p in held_out}
+    train_set, val_set = train.make_sets(photos, training, held_out)
+    assert len(train_set) == 64
+    assert len(val_set) == 32
+    assert len(train_set.photos) + len(val_set.photos) == 24
+
+
+def test_auc_counts_ties_half():
+    labels = np.array([0, 0, 1, 1])
+    assert train.auc(np.array([0.0, 1, 2, 3]), labels) == 1
+    assert train.auc(np.array([3.0, 2, 1, 0]), labels) == 0
+    assert train.auc(np.array([1.0, 1, 1, 1]), labels) == 0.5
+    assert train.auc(np.array([0.0, 2, 1, 2]), labels) == 0.625
 
 
 def test_best_is_the_best_epoch_by_labels(reference):
-    history = state(reference)["now"]["history"]
-    best = max(history, key=lambda row: (row["val_auc"], -row["val_loss"]))
-    assert state(reference, "best.pt")["metrics"] == best
-    lines = Path(reference.out, "log.csv").read_text().splitlines()
-    assert len(lines) == 3 and lines[0].startswith("epoch,loss,bce,hecl,val_loss,val_auc")
-    curves = np.asarray(Image.open(Path(reference.out, "curves.png")))
-    for top, key in zip(range(0, len(curves), 100), train.CURVES):     # a line in every strip
-        blue = (curves[top:top + 100] == (0, 0, 255)).all(axis=2)
-        rise = history[1][key] - history[0][key]
-        left, right = (np.flatnonzero(blue[:, x]).mean() for x in (30, 610))
-        assert np.sign(left - right) == np.sign(rise) or rise == 0
+    rows = [{"val_auc": 0.7, "val_loss": 0.5}, {"val_auc": 0.8, "val_loss": 0.9},
+            {"val_auc": 0.8, "val_loss": 0.6}]
+    assert train.best_of(rows) is rows[2]
+    assert train.best_of(rows[:2]) is rows[1]
+    history = saved(reference.config)["history"]
+    best = train.best_of(history)
+    assert f"the best is epoch {best['epoch']}, val_auc {best['val_auc']:.3f}" in reference.out
 
 
-def test_collapse_is_said(place, capsys):
-    row = {"epoch": 1, "bce": 0.7, "hecl": 0.0, "val_loss": 0.7, "val_auc": 0.5,
-           "map_genuine": 0.1, "map_manipulated": 0.1, "map_low": 0.1, "map_high": 0.3}
-    for low, high, word in ((0.1, 0.3, "all 0"), (0.6, 0.9, "all 1"), (0.1, 0.9, "")):
-        train.log([row | {"map_low": low, "map_high": high}], place)
-        assert word in capsys.readouterr().err
+def test_best_is_of_its_epoch(place, monkeypatch):
+    """best.pt holds the weights of the epoch that the log calls the best, not of the last one."""
+    config = settings(place, "falling")
+    kept = {}
+    aucs = iter((0.9, 0.6))
+    real = train.validate
+
+    def validate(*arguments):
+        return real(*arguments) | {"val_auc": next(aucs)}
+
+    def save_checkpoint(path, model, real=ecpl.save_checkpoint, **state):
+        kept.setdefault(path.name, []).append(model.bias.item())
+        real(path, model, **state)
+
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(ecpl, "save_checkpoint", save_checkpoint)
+    train.train(config)
+    first, second = kept["last.pt"]
+    assert first != second
+    assert kept["best.pt"] == [first, first]                     # the second time calibrated
+
+
+def test_log_and_curves(reference):
+    config = reference.config
+    history = saved(config)["history"]
+    lines = Path(config.out, "log.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("epoch,loss,entropy,hecl,val_loss,val_auc,map_genuine")
+    picture = np.asarray(Image.open(Path(config.out, "curves.png")).convert("RGB"))      # (H, W, 3)
+    keys = ("loss", "hecl", "val_loss", "val_auc", "map_genuine", "map_manipulated")
+    best = history.index(train.best_of(history))
+    for i, key in enumerate(keys):                               # a line in every strip
+        strip = picture[110 * i + 24:110 * i + 101]
+        blue = (strip == (0, 0, 255)).all(axis=2)                                        # (H, W)
+        left = np.flatnonzero(blue[:, 74]).mean()
+        right = np.flatnonzero(blue[:, 616]).mean()
+        assert np.sign(left - right) == np.sign(history[1][key] - history[0][key])
+        orange = (strip == (0xcc, 0x66, 0)).all(axis=2).sum(axis=0)                      # (W,)
+        assert orange[(70, 620)[best]] > 60
+        assert orange[(620, 70)[best]] == 0
+
+
+# ----------------------------------------------------------------------------------- calibration
+
+def test_one_in_ten_of_the_genuine_lies_above_one_half(reference):
+    """At most 10 % of the pixels and of the pictures on which best.pt is calibrated."""
+    best = Path(reference.config.out, "best.pt")
+    model = infer.SAPL.load(best, "cpu", "fp32", merge=False)
+    _, held_out = train.read_pictures(reference.config)
+    found = [model.localize(p.path) for p in held_out if p.label == 0]
+    assert len(found) == 6
+    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.1
+    scores = [result.score for result in found]
+    assert np.mean([score > 0.5 for score in scores]) <= 0.1
+    assert max(scores) == pytest.approx(0.5)                     # no higher than it must be
+    assert "note: only 6 genuine pictures to calibrate on" in reference.err
+
+
+def test_enough_genuine_pictures_need_no_note(place, capsys):
+    model = mini.mini_sapl(infer.SAPL)
+    paths = [place / "set" / "au" / f"{i}.png" for i in range(20)]
+    train.calibrate(model, paths)
+    assert capsys.readouterr().err == ""
+    called = [model.localize(path).decision for path in paths]
+    assert called.count("manipulated") <= 2
+    train.calibrate(model, paths[:19])
+    assert "note: only 19 genuine pictures" in capsys.readouterr().err
+
+
+def test_calibration_survives_a_kill(place, reference, monkeypatch):
+    """Killed after the last epoch: --resume calibrates; killed between two renames: too."""
+    config = settings(place, "uncalibrated")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "calibrate", kill)
+        with pytest.raises(Killed):
+            train.train(config)
+    assert saved(config, "best.pt")["model"]["map_shift"] == 0
+    os.replace(Path(config.out, "best.pt"), Path(config.out, "best.pt.previous"))
+    assert train.main(["--out", config.out, "--resume"]) == 0
+    assert same(saved(config, "best.pt"), saved(reference.config, "best.pt"))
+    assert saved(config, "best.pt")["model"]["map_shift"] != 0
 
 
 # ------------------------------------------------------------------------------ nothing gets lost
-
-def interrupted(config, disturb, monkeypatch, limit=30):
-    """Train with --resume until it ends; `disturb` may stop each attempt -> how many it took."""
-    for attempt in range(1, limit):
-        with monkeypatch.context() as patch:
-            disturb(patch, attempt)
-            try:
-                train.train(config)
-                return attempt
-            except (SystemExit, Killed):
-                pass
-    raise AssertionError("never ends")
-
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_and_resumed_is_the_same_run(place, reference, monkeypatch, number, code):
-    config = settings(place, f"stopped{code}", ema=0.9, resume=True)
-    real, steps = train.train_step, []
+def kill(*arguments):
+    raise Killed
 
-    def step(*arguments):
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_and_resumed_is_the_same_run(place, reference, monkeypatch, capsys, number, code):
+    config = settings(place, f"stopped-{code}")
+    before = signal.getsignal(number)
+    real = train.backward
+    steps = []
+
+    def backward(*arguments):
         steps.append(1)
-        if len(steps) % 3 == 0:              # steps 3, 6: amid and between epochs
+        if len(steps) in (3, 4, 6):          # amid an epoch, at its end, amid another one
             signal.raise_signal(number)
         return real(*arguments)
 
-    def disturb(patch, attempt):
-        patch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train, "backward", backward)
+    for done in (3, 4, 6):
+        with pytest.raises(SystemExit) as stop:
+            start_or_resume(config)
+        assert stop.value.code == code
+        assert len(steps) == done
+        assert signal.getsignal(number) == before
+        said = capsys.readouterr().out
+        assert f"go on with `python train.py --out {config.out} --resume`" in said
+    start_or_resume(config)
+    assert len(steps) == 8                                       # no step is done twice
+    assert same(saved(config), saved(reference.config))
+    assert same(saved(config, "best.pt"), saved(reference.config, "best.pt"))
 
-    attempts = interrupted(config, disturb, monkeypatch)
-    assert attempts == 3 and len(steps) == 8                 # no step is done twice
-    assert same(state(config), state(reference))
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
-    monkeypatch.setattr(train, "train_step", lambda *a: [signal.raise_signal(number), real(*a)][1])
-    with pytest.raises(SystemExit) as stop:
-        train.train(settings(place, f"code{code}"))
-    assert stop.value.code == code
+
+def test_a_stop_in_validation_does_not_wait_for_its_end(place, reference, monkeypatch):
+    """It can take minutes; what was trained before it is saved all the same."""
+    config = settings(place, "stopped-late", batch=4)
+    read = []
+    real = data.TrainingSet.__getitem__
+
+    def item(self, index):
+        if not self.augment:
+            read.append(index)
+        if len(read) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.TrainingSet, "__getitem__", item)
+        with pytest.raises(SystemExit):
+            train.train(config)
+    assert len(read) < 12                                        # pictures to validate
+    assert saved(config)["step"] == 9
+    start_or_resume(config)
+    assert saved(config)["epoch"] == 2
 
 
 def test_killed_at_any_moment_of_a_save(place, reference, monkeypatch):
     """Every call that touches the disk while saving is, in turn, the last one of the process."""
-    config, count = settings(place, "killed", ema=0.9, resume=True, save_every=0.0), [0]
+    config = settings(place, "killed-saving")
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)                 # after every step
+    calls = []
+    deadline = 1
 
-    def disturb(patch, attempt):
-        count[0] = 0
-        for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
-            def call(*arguments, real=getattr(module, name), **more):
-                count[0] += 1
-                if count[0] == attempt:
-                    raise Killed
-                return real(*arguments, **more)
-            patch.setattr(module, name, call)
+    def deadly(real):
+        def call(*arguments):
+            calls.append(real)
+            if len(calls) == deadline:
+                raise Killed
+            return real(*arguments)
+        return call
 
-    interrupted(config, disturb, monkeypatch, limit=60)
-    assert same(state(config), state(reference))
-
-
-def test_kill_minus_nine(place, reference):
-    """The real thing, once: SIGKILL while the command writes a checkpoint after every step."""
-    out = place / "kill9"
-    command = [sys.executable, "train.py", "--out", str(out), "--resume"]
-    for key in "data clip size batch workers val lr hecl_queue device ema".split():
-        command += ["--" + key.replace("_", "-"), str(getattr(reference, key))]
-    command += ["--epochs", "200", "--save-every", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in process.stdout:
-        if line.startswith("epoch 2"):
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        monkeypatch.setattr(module, name, deadly(getattr(module, name)))
+    for deadline in range(1, 30):
+        calls.clear()
+        try:
+            start_or_resume(config)
             break
-    process.kill()
-    process.communicate()
-    found = infer.load_checkpoint(train.newest(out))
-    assert found["now"]["epoch"] >= 1 and len(found["now"]["history"]) == found["now"]["epoch"]
+        except Killed:
+            pass
+    assert deadline > 8                      # each of the four calls of a save was the last one
+    assert same(saved(config), saved(reference.config))
 
 
-def test_full_disk_keeps_the_last_good(place, monkeypatch, capsys):
-    config, real, calls = settings(place, "full"), torch.save, []
+def test_full_disk_keeps_the_last_good(place, monkeypatch):
+    config = settings(place, "full-disk")
+    real = torch.save
+    calls = []
 
     def save(entries, file):
         calls.append(1)
@@ -391,50 +582,122 @@ def test_full_disk_keeps_the_last_good(place, monkeypatch, capsys):
         real(entries, file)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match="No space left on device.*last good.*last.pt.*--resume"):
+    with pytest.raises(OSError, match="No space left on device.*what was there is kept.*--resume"):
         train.train(config)
-    assert state(config)["now"]["epoch"] == 1 and not list(Path(config.out).glob("*.part"))
+    assert saved(config)["epoch"] == 1
+    assert not list(Path(config.out).glob("*.part"))
 
 
-def test_nonfinite_loss_stops_and_names_the_batch(place):
-    config = settings(place, "nan", lr=1e30, warmup=0.5, epochs=2, save_every=0.0)
-    message = r"epoch 1, step \d, pictures .*set/../..\d*.jpg, .*lower --lr.*last.pt"
-    with pytest.raises(ValueError, match=message):
+def test_a_worker_that_dies_while_saving_is_named(place, monkeypatch, capsys):
+    """Its end interrupts whatever the training does: that is not the disk's fault."""
+    def save(*arguments):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(torch, "save", save)
+    assert train.main(words_of(settings(place, "worker", epochs=1))) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: DataLoader worker (pid 1) is killed")
+    assert "make room" not in error
+
+
+@pytest.mark.parametrize("batch", [8, 36])
+def test_a_loss_that_is_no_number_stops_and_is_not_saved(place, batch):
+    """Within an epoch, and in the validation after its only step."""
+    config = settings(place, f"nan-{batch}", lr=1e30, batch=batch)
+    with pytest.raises(ValueError, match="found .*nan.*epoch.*, expected numbers: .*lower --lr") as error:
         train.train(config)
-    assert all(value.isfinite().all() for value in state(config)["mean"].values())
-    assert state(config)["now"]["step"] >= 1
+    assert "None" not in str(error.value)
+    assert train.newest(config.out) is None
 
 
-def test_bad_pictures_are_named_counted_and_limited(place, capsys):
-    shutil.copytree(place / "set", place / "bad")
-    for i in range(4):                                       # whole headers, half the data
-        path = place / "bad" / "au" / f"au{i}.jpg"
-        path.write_bytes(path.read_bytes()[:700])
-    config = settings(place, "bad_run", data=str(place / "bad"), epochs=1)
-    expected = {f"au{i}.jpg" for i in range(4)} & {p.path.name for p in train.make_sets(config)[2]}
-    train.train(config)
-    named = capsys.readouterr().err
-    assert expected and all(named.count(name) == 1 for name in expected)
-    assert len(state(config)["now"]["bad"]) == len(expected)
-    with pytest.raises(ValueError, match="unreadable pictures, --bad-limit is 0"):
-        train.train(settings(place, "limit", data=str(place / "bad"), epochs=1, bad_limit=0))
+@pytest.mark.parametrize("where", ["read_pictures", "calibrate"])
+def test_ctrl_c_beside_the_loop_is_one_line(place, monkeypatch, capsys, where):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, where, interrupt)
+    try:
+        status = train.main(words_of(settings(place, f"ctrl-c-{where}", epochs=1)))
+    except KeyboardInterrupt:
+        status = "a traceback"
+    assert status == 130
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_resume_keeps_its_settings(reference):
-    other = {**vars(reference), "resume": True}
-    with pytest.raises(ValueError, match="--lr 0.5"):
-        train.resumed(Config(**{**other, "lr": 0.5}))
-    config, found = train.resumed(Config(out=reference.out, resume=True, workers=3))
-    assert (config.lr, config.workers, found["now"]["epoch"]) == (reference.lr, 3, 2)
-    with pytest.raises(ValueError, match="--resume"):
-        train.resumed(reference)
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_out_of_memory_is_one_line(place, monkeypatch, capsys, error):
+    def backward(*arguments):
+        raise error
+
+    monkeypatch.setattr(train, "backward", backward)
+    assert train.main(words_of(settings(place, "memory"))) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: out of memory: ")
+    assert "--batch" in line
+    assert "--accumulate" in line
+
+
+# ---------------------------------------------------------------------------------------- resume
+
+def test_resume_keeps_its_settings(reference, capsys):
+    words = ["--out", reference.config.out, "--resume", "--epochs", "3"]
+    assert train.main([*words, "--lr", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "--lr 0.5" in error
+    assert "0.002" in error
+    given = {"out": reference.config.out, "resume": True, "epochs": 3, "workers": 3}
+    config, state = train.settings_of(given)
+    assert config.lr == 2e-3
+    assert config.batch == 8
+    assert config.workers == 3
+    assert state["epoch"] == 2
+
+
+def test_a_finished_run_is_refused_or_trained_longer(place, reference, capsys):
+    out = place / "longer"
+    shutil.copytree(reference.config.out, out)
+    assert train.main(["--out", str(out), "--resume"]) == 2
+    assert "finished run of 2 epochs" in capsys.readouterr().err
+    assert train.main(["--out", str(out), "--resume", "--epochs", "1"]) == 2
+    assert "--epochs 4" in capsys.readouterr().err               # more than are done
+    assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 0
+    assert "from epoch 3, step 1" in capsys.readouterr().out
+    history = ecpl.load_checkpoint(out / "last.pt")["history"]
+    assert len(history) == 3
+    assert same(history[:2], saved(reference.config)["history"])
+
+
+def test_the_same_command_goes_on(place, capsys):
+    """With --resume behind it; also where the batch was larger than the set."""
+    words = words_of(settings(place, "again", epochs=1, batch=500))
+    assert train.main(words) == 0
+    assert "note: only 36 pictures to train: --batch 36" in capsys.readouterr().err
+    assert train.main([*words, "--epochs", "2", "--resume"]) == 0
+
+
+def test_resume_without_its_best(place, reference, capsys):
+    """It must not be replaced by some other model."""
+    out = place / "no-best"
+    shutil.copytree(reference.config.out, out)
+    (out / "best.pt").unlink()
+    (out / "best.pt.previous").unlink()
+    assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 2
+    assert "best.pt" in capsys.readouterr().err
+    assert not (out / "best.pt").exists()
+
+
+def test_a_run_is_not_overwritten(reference, capsys):
+    assert train.main(words_of(reference.config)) == 2
+    assert "add --resume, or choose another --out" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ several processes
 
 def test_two_processes_are_one(place, reference):
     """The same global batch on two gloo processes: the same losses, queues and weights."""
-    config = settings(place, "two", ema=0.9)
+    config = settings(place, "two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -442,62 +705,138 @@ def test_two_processes_are_one(place, reference):
     def work(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-        train.train(config)
-        torch.distributed.destroy_process_group()
+        sys.exit(train.main(words_of(config)))
 
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
+    both = [fork.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in both:
         process.start()
-    for process in processes:
+    for process in both:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    one, two = state(reference), state(config)
-    for a, b in zip(one["now"]["history"], two["now"]["history"]):
-        assert all(abs(a[k] - b[k]) < 1e-5 for k in ("loss", "bce", "hecl", "val_loss", "val_auc"))
-    for part, error in (("hecl", 1e-5), ("model", 1e-4)):
-        assert all(torch.allclose(one[part][k], two[part][k], atol=error) for k in one[part])
-    assert one["hecl"]["queues.0.filled"] == 40                   # full, so it has wrapped
+    assert [process.exitcode for process in both] == [0, 0]
+
+    one = saved(reference.config)
+    two = saved(config)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        for key in ("loss", "entropy", "hecl", "val_loss", "val_auc"):
+            assert abs(a[key] - b[key]) < 1e-5
+    assert largest_difference(one["hecl"], two["hecl"]) < 1e-5
+    assert largest_difference(one["model"], two["model"]) < 1e-4
+    assert one["hecl"]["queues.0.filled"] == 40                  # full, so it has wrapped
 
 
 # ----------------------------------------------------------------------------------- command line
 
 def test_command_line_is_the_dataclass():
-    assert train.parse([]) == Config()
-    words = "--data X --levels 1 2 --recompute --no-resume --lr 1e-3 --class-words a b"
-    assert train.parse(words.split()) == Config(data="X", levels=(1, 2), recompute=True, lr=1e-3,
-                                                class_words=("a", "b"))
-    for words in (["--dta", "X"], ["--dat", "X"], ["--batch", "many"], ["--precision", "fp8"]):
-        with pytest.raises(SystemExit) as stop:
-            train.parse(words)
-        assert stop.value.code == 2
+    assert train.parse([]) == {}
+    words = "--data X --levels 1 2 --resume --lr 1e-3 --lora-rank 4"
+    assert train.parse(words.split()) == {"data": "X", "levels": [1, 2], "resume": True, "lr": 1e-3,
+                                          "lora_rank": 4}
+
+
+@pytest.mark.parametrize("words", ["--dta X", "--dat X", "--batch many", "--precision fp8",
+                                   "--levels", "--resume yes"])
+def test_unknown_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(words.split())
+    assert stop.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "(default 0.1)" in text
-    assert "--hecl-tau" in text and "--no-resume" in text
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, value in vars(Config()).items():
+        assert train.flag(name) in text
+        if value not in ("", (), False):
+            assert f"(default {value})" in text
+
+
+def test_it_says_what_differs_from_the_defaults(reference):
+    counts, changed, start, *_ = reference.out.splitlines()
+    assert counts.startswith("36 pictures to train, 12 to validate; ")
+    names = [part.split()[0] for part in changed.removeprefix("not by default: ").split(", ")]
+    assert set(names) == {"data", "out", "clip", "size", "val", "epochs", "batch", "lr", "device",
+                          "hecl_queue", "workers", "precision"}
+    assert start == "from epoch 1, step 1"
+    *_, end = reference.out.splitlines()
+    assert end.startswith("finished: the best is epoch ")
+    assert end.endswith(f"next: `python infer.py PICTURES --checkpoint {reference.config.out}/best.pt`")
+
+
+def test_problems_of_the_set_are_repeated(place, capsys):
+    """Of a labelled set and of photos: what cannot be read is named and left out."""
+    folder = place / "damaged"
+    shutil.copytree(place / "set", folder)
+    whole = (folder / "au" / "3.png").read_bytes()
+    (folder / "au" / "3.png").write_bytes(whole[:len(whole) // 2])
+    training, held_out = train.read_pictures(settings(place, "-", data=str(folder)))
+    assert len(training) + len(held_out) == 47
+    assert f"note: bad file: {folder / 'au' / '3.png'}" in capsys.readouterr().err
+    train.read_pictures(settings(place, "-", data="", synthesize=str(folder / "au")))
+    assert f"note: bad file: {folder / 'au' / '3.png'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder, word", [("au", "manipulated"), ("tp", "genuine")])
+def test_a_missing_class_is_named(place, capsys, folder, word):
+    root = place / f"only-{folder}"
+    shutil.copytree(place / "set" / folder, root / folder)
+    assert train.main(words_of(settings(place, "wrong", data=str(root)))) == 2
+    note, error = capsys.readouterr().err.strip().splitlines()
+    assert note == f"note: one class only: no {word} pictures"
+    assert error.startswith(f"error: found no {word} picture to train in {root}")
+
+
+def test_size_below_the_patch():
+    with pytest.raises(ValueError, match="try --size 32$"):
+        train.fit(Config(size=16), SimpleNamespace(cell=32), [0, 1] * 8, 1)
 
 
 @pytest.mark.parametrize("words, message", [
-    ("", "--data and --synthesize"),
-    ("--data {0}/set --synthesize {0}/set", "--data and --synthesize"),
-    ("--data {0}/nowhere", "nowhere"),
-    ("--data {0}/set/au", "both classes"),
-    ("--synthesize {0}/empty", "empty"),
-    ("--data {0}/set --batch 500", "--batch 500, expected"),
-    ("--data {0}/set --size 65", "65"),
-    ("--data {0}/set --levels 7", "numbers from 1 to 2"),
-    ("--data {0}/set --batch 9 --accumulate 2", "multiple"),
-    ("--data {0}/set --pairs 1", "below 1"),
-    ("--data {0}/set --pairs 0.25 --batch 8 --mosaic 2", "shares a mosaic"),
-    ("--data {0}/set --init {0}/mini.pt", "not a SAPL checkpoint"),
-    ("--data {0}/set --clip nothing", "nothing")])
-def test_user_errors_are_one_line_and_status_2(place, capsys, words, message):
-    (place / "empty").mkdir(exist_ok=True)
-    base = f"--out {place}/wrong --clip {place}/mini.pt --workers 0 --size 64".split()
-    assert train.main(base + words.format(place).split()) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and message in error and "\n" not in error
+    ("--epochs 0", "--epochs 0, expected at least 1"),
+    ("--lr nan", "--lr nan, expected at least 0"),
+    ("--val 1", "--val 1.0, expected at most"),
+    ("--rho 2", "--rho 2.0, expected at most 1"),
+    ("--seed -1", "--seed -1, expected at least 0"),
+    ("--batch 9", "--batch 9, expected a multiple of 2"),
+    ("--accumulate 3", "--batch 8, expected a multiple of 6"),
+    ("--size 50", "--size 50, expected a multiple of the patch, 16 pixels: try --size 48"),
+    ("--window 8", "--window 8"),
+    ("--levels 7", "7]?, expected .* from 1 to 2"),
+    ("--levels 0 1", "0.*, expected .* from 1 to 2"),
+    ("--context 80", "80 context tokens, expected at most 64: lower --context"),
+    ("--zoom 3", "--zoom 3, expected a divisor of the patch size, 16"),
+    ("--device tpu", "--device tpu, expected one of auto, cpu"),
+    ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
+    ("--clip {0}/set/au/0.png", "0.png: no readable archive of weights"),
+    ("--data {0}/set/au/0.png", "found a picture, .*0.png, expected a folder or list"),
+    ("--data {0}/nowhere", "found no .*nowhere"),
+    ("--data=", "both or none of --data and --synthesize"),
+    ("--synthesize {0}/set", "both or none of --data and --synthesize"),
+    ("--data= --synthesize {0}/set --count -3", "--count -3, expected at least 2"),
+    ("--out {0}/mini.pt", "found a file, .*mini.pt, expected a folder"),
+    ("--out {0}/mini.pt/run", "found a file, .*mini.pt, expected a folder"),
+    ("--resume", "found no run in .*wrong, expected one for --resume"),
+    ("--count 10", "--count, which --data ignores"),
+    ("--tune none --lora-rank 4", "--lora-rank, which --tune none ignores"),
+    ("--tune full --lora-share 1", "--lora-share, which --tune full ignores"),
+    ("--hecl 0 --hecl-tau 0.2", "--hecl-tau, which --hecl 0 ignores"),
+    ("--clip tiny --context 4", r"--context, but --clip tiny keeps its own \(\d+\)"),
+    ("--clip {0}/reference/best.pt --context 4", r"--context, but --clip .*best.pt keeps its own")])
+def test_a_wrong_call_is_one_line_before_any_training(place, reference, tmp_path, capsys, words,
+                                                      message):
+    out = tmp_path / "wrong"
+    base = {"data": place / "set", "out": out, "clip": place / "mini.pt", "workers": 0,
+            "size": 64, "batch": 8}
+    usual = []
+    for name, value in base.items():
+        usual += [train.flag(name), str(value)]
+    assert train.main([*usual, *words.format(place).split()]) == 2
+    said = capsys.readouterr()
+    error, = said.err.strip().splitlines()
+    assert error.startswith("error: found ") or "--clip" in words
+    assert re.search(message, error)
+    assert said.out == ""
+    assert not out.exists()
