@@ -253,7 +253,7 @@ class Stem(nn.Sequential):
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
         blur = pixels.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16       # (3, 3)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)          # faster
+        pixels = pixels.contiguous(memory_format=torch.channels_last)          # is faster
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
         smooth = F.conv2d(padded, blur.expand(3, 1, 3, 3), groups=3)           # (B, 3, H, W)
         residual = 8 * (pixels - smooth)         # ours: 8, so that noise counts and edges saturate

@@ -41,13 +41,13 @@ def sobel(x):
     above, middle, below = x.unfold(2, 3, 1).unbind(dim=-1)                    # (B, K, H, W+2) each
     rows = above + 2 * middle + below                                          # (B, K, H, W+2)
     left, _, right = rows.unfold(3, 3, 1).unbind(dim=-1)                       # (B, K, H, W) each
-    gx = (left - right) / 8                                                    # (B, K, H, W)
+    gx = left - right                                                          # (B, K, H, W)
 
     left, middle, right = x.unfold(3, 3, 1).unbind(dim=-1)                     # (B, K, H+2, W) each
     columns = left + 2 * middle + right                                        # (B, K, H+2, W)
     above, _, below = columns.unfold(2, 3, 1).unbind(dim=-1)                   # (B, K, H, W) each
-    gy = (above - below) / 8                                                   # (B, K, H, W)
-    return torch.hypot(gx, gy)                                                 # (B, K, H, W)
+    gy = above - below                                                         # (B, K, H, W)
+    return torch.hypot(gx, gy) / 8                                             # (B, K, H, W)
 
 
 def soft_edges(image):
@@ -85,6 +85,11 @@ def feature_variation(features, h, w):
 
 # ------------------------------------------------------------------------ ECPL, from edges to text
 
+def projection(inner, outer):
+    """LayerNorm and a linear map: (.., inner) -> (.., outer)."""
+    return nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, outer, bias=False))
+
+
 class ECPL(nn.Module):
     """Edge-enhanced image features become, by attention, prompts for the text tower [abstract].
 
@@ -112,12 +117,14 @@ class ECPL(nn.Module):
 
         self.spread = clip_model.token_embedding.weight.detach().std().item()
         self.context = nn.Parameter(self.spread * torch.randn(len(CLASSES), context, Dt))
-        self.norms = nn.ModuleList([nn.LayerNorm(Dv) for _ in range(levels)])
-        self.projections = nn.ModuleList([nn.Linear(Dv, Dt, bias=False) for _ in range(levels)])
+        self.projections = nn.ModuleList([projection(Dv, Dt) for _ in range(levels)])
         self.norm_query = nn.LayerNorm(Dt)
-        self.attention = nn.MultiheadAttention(Dt, max(1, Dt // 64), batch_first=True)
-        nn.init.zeros_(self.attention.out_proj.weight)
-        nn.init.zeros_(self.attention.out_proj.bias)
+        self.query = nn.Linear(Dt, Dt)
+        self.key = nn.Linear(Dt, Dt)
+        self.value = nn.Linear(Dt, Dt)
+        self.out = nn.Linear(Dt, Dt)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def enhance(self, levels, edges, h, w):
         """Edge-enhanced features of one depth each: [(B, N, Dv)], edges (B, N) -> [(B, N, Dv)]."""
@@ -128,12 +135,18 @@ class ECPL(nn.Module):
 
     def prompts(self, enhanced):
         """[(B, N, Dv)] -> context tokens of both classes (B, C * M, Dt)."""
-        G = 0
-        for x, norm, project in zip(enhanced, self.norms, self.projections):
-            G = G + project(norm(x))                                           # (B, N, Dt)
+        G = sum(project(x) for project, x in zip(self.projections, enhanced))  # (B, N, Dt)
         V = self.context.flatten(0, 1).expand(len(G), -1, -1)                  # (B, C * M, Dt)
-        read, _ = self.attention(self.norm_query(V), G, G, need_weights=False)  # (B, C * M, Dt)
-        return V + self.spread * read
+        q = self.in_heads(self.query(self.norm_query(V)))                      # (B, heads, .., d)
+        k = self.in_heads(self.key(G))
+        v = self.in_heads(self.value(G))
+        read = clip.attend(q, k, v, causal=False).transpose(1, 2).flatten(2)   # (B, C * M, Dt)
+        return V + self.spread * self.out(read)
+
+    def in_heads(self, x):
+        """(B, L, Dt) -> (B, heads, L, d), heads of 64 numbers."""
+        heads = max(1, x.shape[-1] // 64)
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)                    # (B, heads, L, d)
 
     def encode(self, clip_model, prompts):
         """Context tokens (B, C * M, Dt) -> unit text features (B, C, D)."""
@@ -166,17 +179,13 @@ class Depths(nn.Module):
 
     def __init__(self, Dv, D, levels):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(Dv) for _ in range(levels)])
-        self.projections = nn.ModuleList([nn.Linear(Dv, D, bias=False) for _ in range(levels)])
+        self.projections = nn.ModuleList([projection(Dv, D) for _ in range(levels)])
         for project in self.projections:
-            nn.init.normal_(project.weight, std=0.02 * Dv ** -0.5)
+            nn.init.normal_(project[1].weight, std=0.02 * Dv ** -0.5)
 
     def forward(self, levels):
         """[(B, N, Dv)] -> [(B, N, D)]."""
-        depths = []
-        for x, norm, project in zip(levels, self.norms, self.projections):
-            depths.append(project(norm(x)))                                    # (B, N, D)
-        return depths
+        return [project(x) for project, x in zip(self.projections, levels)]    # [(B, N, D)]
 
 
 def pool_score(logits, rho):
@@ -378,6 +387,8 @@ def save_checkpoint(path, model, **state):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        if "DataLoader" in str(error):                   # not the disk: a loader process died
+            raise
         raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}), what was there is "
                       "kept: make room, go on with --resume") from error
 

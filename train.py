@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,9 +159,10 @@ def read_pictures(config):
     if config.synthesize:            # a folder of photos, or the genuine ones of a labelled set
         pictures = [p._replace(label=0) for p in pictures if p.label != 1]
     else:
-        for problem in report.problems:
-            print(f"note: {problem}", file=sys.stderr)
         pictures = [p for p in pictures if p.label is not None]
+    for problem in report.problems:
+        if config.data or problem.startswith("bad file"):
+            print(f"note: {problem}", file=sys.stderr)
     train, val = data.split(pictures, config.val, config.seed)
 
     for part, name in ((train, "train"), (val, "validate")):
@@ -206,10 +208,18 @@ def batches(labels, config, epoch):
     return order[:steps * config.batch].reshape(steps, config.batch)
 
 
+def live_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def own_session(worker):
-    """Loader processes leave the terminal's group: Ctrl-C there is for the training alone."""
+    """Loader processes leave the terminal's group: Ctrl-C there is for the training alone. They end
+    when it ends, even by kill -9."""
     if hasattr(os, "setsid"):
         os.setsid()
+    threading.Thread(target=live_with, args=(os.getppid(),), daemon=True).start()
 
 
 def load(dataset, plan, config):
@@ -305,14 +315,18 @@ def auc(values, labels):
 
 
 @torch.no_grad()
-def validate(model, dataset, config):
-    """Loss and image AUC on held-out pictures by their labels, and how high their maps lie."""
-    plan = [part.tolist() for part in torch.arange(len(dataset)).split(config.batch)]
+def validate(run, dataset, stop):
+    """Loss and image AUC on held-out pictures by their labels, and how high their maps lie; None
+    if the training is told to stop (several processes finish it first)."""
+    model = run.model
+    plan = [part.tolist() for part in torch.arange(len(dataset)).split(run.config.batch)]
     labels, scores, means = [], [], []
     model.eval()
-    for image, label, _ in load(dataset, plan, config):
+    for image, label, _ in load(dataset, plan, run.config):
+        if stop.number and run.world == 1:
+            return None
         with model.autocast():
-            output = model(image.to(model.bias.device))
+            output = model(image.to(run.device))
         labels.append(label)
         scores.append(output.score.float().cpu())                                # (B,)
         means.append(output.logits.float().sigmoid().mean(dim=(1, 2)).cpu())     # (B,)
@@ -398,34 +412,47 @@ def newest(out, name="last.pt"):
 def settings_of(given):
     """{setting: value} from the command line -> (Config, checkpoint to go on from or None)."""
     config = Config(**given)
-    path = newest(config.out)
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        raise ValueError(f"found a file, {config.out}, expected a folder: choose another --out")
+    out = Path(config.out)
+    for path in (out, *out.parents):
+        if path.is_file():
+            raise ValueError(f"found a file, {path}, expected a folder: choose another --out")
+    last = newest(out)
     if not config.resume:
-        if path:
-            raise ValueError(f"found a run in {config.out}, expected an empty folder: add --resume, "
-                             "or choose another --out")
+        if last:
+            raise ValueError(f"found a run in {out}, expected an empty folder: add --resume, or "
+                             "choose another --out")
         check(config, given)
         return config, None
-    if not path:
-        raise ValueError(f"found no run in {config.out}, expected one for --resume: leave that out "
-                         "to start, or name its --out")
+    if not last:
+        raise ValueError(f"found no run in {out}, expected one for --resume: leave that out to "
+                         "start, or name its --out")
 
-    state = ecpl.load_checkpoint(path)
+    state = ecpl.load_checkpoint(last)
     own = state["settings"]
     for name, value in given.items():
         if name not in FREE and value != own[name]:
-            raise ValueError(f"found {flag(name)} {value}, but the run in {config.out} has "
-                             f"{own[name]}: leave it out, or start anew")
-    config = Config(**{**own, **{name: given[name] for name in FREE if name in given}})
+            raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
+                             "leave it out, or start anew")
+    free = {name: given[name] for name in FREE if name in given}
+    config = Config(**own | free)
     check(config, ())
-    best = newest(config.out, "best.pt")
-    calibrated = best and ecpl.load_checkpoint(best)["model"]["map_shift"] != 0
-    if state["epoch"] >= config.epochs and calibrated:
-        raise ValueError(f"found a finished run of {state['epoch']} epochs in {config.out}, "
-                         f"expected work to do: use {config.out}/best.pt, or train longer with "
-                         f"--epochs {2 * config.epochs}")
+    refuse_finished(config, state)
     return config, state
+
+
+def refuse_finished(config, state):
+    """Raise ValueError if a run has nothing left to do, or has lost its best.pt."""
+    best = newest(config.out, "best.pt")
+    if state["epoch"] > 0 and not best:
+        raise ValueError(f"found no best.pt in {config.out}, expected the one of {state['epoch']} "
+                         "epochs: put it back, or start anew")
+    if state["epoch"] < config.epochs:
+        return
+    calibrated = ecpl.load_checkpoint(best)["model"]["map_shift"] != 0
+    if calibrated:
+        raise ValueError(f"found a finished run of {state['epoch']} epochs in {config.out}, "
+                         f"expected work to do: use {best}, or train longer with --epochs "
+                         f"{2 * state['epoch']}")
 
 
 def connect(name):
@@ -441,18 +468,21 @@ def connect(name):
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; the second one ends
-    the program at once. Use as `with Stop() as stop: .. if stop.number: ..`."""
+    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; another one, a second
+    later or more, ends the program at once. Use: `with Stop() as stop: .. if stop.number: ..`."""
 
     def __enter__(self):
         self.number = 0
+        self.since = 0.0
         self.before = {number: signal.signal(number, self.note)
                        for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def note(self, number, frame):
-        if self.number:
+        if self.number and time.time() - self.since > 1:
             raise SystemExit(128 + number)
+        if not self.number:
+            self.since = time.time()
         self.number = number
 
     def __exit__(self, *error):
@@ -466,6 +496,7 @@ class Run:
     """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
 
     def __init__(self, config, state, given):
+        self.settings = dataclasses.asdict(config)       # as the user gave them
         self.config = config
         self.device, self.rank, self.world = connect(config.device)
         if state:
@@ -494,8 +525,8 @@ class Run:
     def save(self):
         """last.pt: what the training needs to go on, beside the weights."""
         ecpl.save_checkpoint(Path(self.config.out, "last.pt"), self.model,
-                             settings=dataclasses.asdict(self.config), epoch=self.epoch,
-                             step=self.step, sums=self.sums, history=self.history,
+                             settings=self.settings, epoch=self.epoch, step=self.step,
+                             sums=self.sums, history=self.history,
                              hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
         self.saved = time.time()
 
@@ -508,11 +539,19 @@ class Run:
 
 
 def fit(config, model, labels, world):
-    """The Config with a batch that its pictures fill; ValueError for sizes that do not fit."""
+    """The Config with a batch that its pictures fill, at this start; ValueError for sizes that do
+    not fit."""
     p = model.cell
     if config.size % p:
         raise ValueError(f"found --size {config.size}, expected a multiple of the patch, {p} "
-                         f"pixels: try --size {config.size // p * p}")
+                         f"pixels: try --size {max(p, config.size // p * p)}")
+    if 0 < config.window < p:
+        raise ValueError(f"found --window {config.window}, expected at least the patch, {p} "
+                         "pixels, or 0")
+    blocks = len(model.clip.visual.transformer.resblocks)
+    if min(model.config["levels"]) < 1 or max(model.config["levels"]) > blocks:
+        raise ValueError(f"found --levels {model.config['levels']}, expected blocks from 1 to "
+                         f"{blocks}")
     unit = math.lcm(2, config.accumulate * world)
     if config.batch % unit:
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2 and "
@@ -580,7 +619,7 @@ def train_epoch(run, objective, train_set, stop):
         if not math.isfinite(losses[0] + length):
             raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
                              f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr; "
-                             f"the last good state is {newest(config.out)}")
+                             f"the last good state is {newest(config.out) or 'not saved yet'}")
         # update
         for group in run.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate(done)
@@ -589,14 +628,22 @@ def train_epoch(run, objective, train_set, stop):
         run.sums = [total + loss for total, loss in zip(run.sums, losses)]
         run.step += 1
         # save, stop
-        if run.rank == 0 and (stopping or time.time() - run.saved > SAVE_EVERY):
+        if run.rank == 0 and time.time() - run.saved > SAVE_EVERY:
             run.save()
         if stopping:
-            if run.rank == 0:
-                print(f"stopped and saved: go on with `python train.py --out {config.out} "
-                      "--resume`", flush=True)
-            raise SystemExit(128 + (stop.number or signal.SIGTERM))
+            end_early(run, stop)
     return (steps - first) * config.batch / (time.time() - began)
+
+
+def end_early(run, stop):
+    """Save, say so, and leave with the status of the signal."""
+    if run.rank == 0:
+        run.save()
+        print(f"stopped and saved: go on with `python train.py --out {run.config.out} --resume`",
+              flush=True)
+    if run.world > 1:
+        dist.barrier()                           # none leaves while another still listens
+    raise SystemExit(128 + (stop.number or signal.SIGTERM))
 
 
 def train(config, state=None, given=()):
@@ -622,7 +669,10 @@ def train(config, state=None, given=()):
             speed = train_epoch(run, objective, train_set, stop)
             loss, entropy, contrast = [total / steps for total in run.sums]
             row = {"epoch": run.epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
-            row |= validate(run.model, val_set, config)
+            row |= validate(run, val_set, stop) or end_early(run, stop)
+            if not math.isfinite(row["val_loss"]):
+                raise ValueError(f"found a validation loss of {row['val_loss']} in epoch "
+                                 f"{row['epoch']}, expected a number: lower --lr")
             minutes = (time.time() - began) / 60
             row |= {"pictures_per_s": speed, "minutes_left": (config.epochs - row["epoch"]) * minutes}
             run.history.append(row)
@@ -662,15 +712,19 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        print("error: out of memory: lower --batch or --size, or raise --accumulate; the last "
-              "state is kept, --resume goes on from it", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except KeyboardInterrupt:
+        print("interrupted: what is saved is kept, --resume goes on from it", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if memory or "can't allocate memory" in str(error):
+            remedy = "lower --batch or --size, or --accumulate 2"
+        elif "DataLoader worker" in str(error):
+            remedy = "try fewer --workers"
+        else:
             raise
-        print(f"error: {str(error).splitlines()[0]}: go on with --resume, with fewer --workers if "
-              "memory is short", file=sys.stderr)
+        reason = (str(error) or "out of memory").splitlines()[0]
+        print(f"error: {reason}: {remedy}; --resume goes on from the last save", file=sys.stderr)
         return 1
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -37,7 +37,7 @@ def make_ecpl(reads=True):
     tower = mini.mini_clip()
     module = ecpl.ECPL(tower, levels=2, context=4).eval()
     if reads:
-        nn.init.normal_(module.attention.out_proj.weight)
+        nn.init.normal_(module.out.weight)
     return tower, module
 
 
@@ -141,10 +141,15 @@ def test_prompts_equal_the_formula():
     tower, module = make_ecpl()
     moved(module)
     enhanced = [torch.randn(2, 16, 64), torch.randn(2, 16, 64)]
-    G = module.projections[0](module.norms[0](enhanced[0]))
-    G = G + module.projections[1](module.norms[1](enhanced[1]))
+    G = module.projections[0](enhanced[0])
+    G = G + module.projections[1](enhanced[1])
     V = module.context.view(1, 8, 64).expand(2, -1, -1)
-    read, _ = module.attention(module.norm_query(V), G, G)
+    attention = nn.MultiheadAttention(64, 1, batch_first=True)       # PyTorch's, same weights
+    maps = (module.query, module.key, module.value)
+    attention.in_proj_weight.copy_(torch.cat([each.weight for each in maps]))
+    attention.in_proj_bias.copy_(torch.cat([each.bias for each in maps]))
+    attention.out_proj.load_state_dict(module.out.state_dict())
+    read, _ = attention(module.norm_query(V), G, G)
     step = tower.token_embedding.weight.std()
     assert torch.allclose(module.prompts(enhanced), V + step * read, atol=1e-5)
 
@@ -178,9 +183,8 @@ def test_the_map_is_the_scaled_difference_of_two_cosines():
     expected = model.log_scale.exp() * (cosine[..., 1] - cosine[..., 0]) + model.bias
     assert torch.allclose(output.logits.flatten(1), expected, atol=1e-4)
 
-    for z, x, norm, project in zip(output.depths, levels, model.depths.norms,
-                                   model.depths.projections):
-        assert torch.allclose(z, norm(x) @ project.weight.T, atol=1e-5)
+    for z, x, (norm, linear) in zip(output.depths, levels, model.depths.projections):
+        assert torch.allclose(z, norm(x) @ linear.weight.T, atol=1e-5)
 
 
 def test_temperature_is_bounded():

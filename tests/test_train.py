@@ -1,6 +1,8 @@
 """Training: what it learns, that nothing hangs or is lost, that a wrong call is one clear line."""
 import contextlib
+import importlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,101 +112,106 @@ def reference(place):
     return SimpleNamespace(config=config, out=out.getvalue(), err=err.getvalue())
 
 
-# ----------------------------------------------------------------- nothing hangs: real processes
+# --------------------------------------------- trainings that are disturbed, beside these tests
+# `python tests/test_train.py FOLDER` makes one process for each entry of DISTURB; all train with
+# loader processes, and what disturbs comes in the second epoch.
 
-LIMIT = 30           # seconds that a process may take to start, to train an epoch and to end
-DISTURBED = """
-import multiprocessing, os, signal, sys
-import train
+LIMIT = 60           # seconds that they have left when the other tests are done: hanging is longer
 
-def disturbed(*arguments):
-    if train.newest({out!r}):                # there is something to keep
-        train.backward = real
-        {disturb}
-    return real(*arguments)
 
-real = train.backward
-train.backward = disturbed
-sys.exit(train.main(sys.argv[1:]))
-"""
-DISTURB = {
-    "exception": "raise RuntimeError('unforeseen')",
-    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
-    "SIGINT": "os.kill(os.getpid(), signal.SIGINT)",
-    "killed worker": "multiprocessing.active_children()[0].kill()",
-    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
-    "closed pipe": "pass",
-}
+def fail(run):
+    raise RuntimeError("unforeseen")
+
+
+def interrupt(run):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate(run):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_loader(run):
+    multiprocessing.active_children()[0].kill()
+
+
+def kill(run):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nothing(run):
+    pass
+
+
+DISTURB = {"exception": fail, "SIGINT": interrupt, "SIGTERM": terminate, "dead loader": kill_loader,
+           "SIGKILL": kill, "head": nothing}
+
+
+def train_disturbed(config, disturb):
+    """The command line, as in a process of its own -> its exit status."""
+    real = train.backward
+
+    def backward(run, *arguments):
+        if run.epoch == 1:
+            train.backward = real
+            disturb(run)
+        return real(run, *arguments)
+
+    train.backward = backward
+    return train.main(words_of(config))
+
+
+def report(name, process, said):
+    """When nobody holds the pipe `said` any more, so not a single loader: print how it ended."""
+    text = open(said).read()
+    _, status = os.waitpid(process, 0)
+    print(json.dumps([name, os.waitstatus_to_exitcode(status), text]), flush=True)
+
+
+def train_all_disturbed(place):
+    """Import once, fork often: the imports take longer than the training."""
+    importlib.import_module("torch._dynamo")     # by every optimizer
+    ends = []
+    for name, disturb in DISTURB.items():
+        said, pipe = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.dup2(pipe, 1)
+            os.dup2(pipe, 2)
+            os.close(pipe)
+            if name == "head":                   # train.py .. | head -n 1
+                head = subprocess.Popen(["head", "-n", "1"], stdin=subprocess.PIPE)
+                os.dup2(head.stdin.fileno(), 1)
+                head.stdin.close()
+            config = settings(place, name, epochs=1000, workers=2)
+            sys.exit(train_disturbed(config, disturb))
+        os.close(pipe)
+        ends.append(threading.Thread(target=report, args=(name, process, said)))
+    for end in ends:
+        end.start()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes(place):
-    """One process for each entry of DISTURB, all at once and beside the tests of this file."""
-    started = {}
-    for name, disturb in DISTURB.items():
-        config = settings(place, name, epochs=1000, workers=2)
-        code = DISTURBED.format(out=config.out, disturb=disturb)
-        started[name] = subprocess.Popen(
-            [sys.executable, "-c", code, *words_of(config)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    reader = started["closed pipe"].stdout
-    reader.readline()
-    reader.close()
-    yield started
-    for process in started.values():
-        process.kill()
+def disturbed(place):
+    """The process that makes the others."""
+    process = subprocess.Popen([sys.executable, __file__, str(place)], stdout=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                               text=True, start_new_session=True)
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name, status, said", [
-    ("exception", 1, "RuntimeError: unforeseen"),
-    ("SIGTERM", 143, "stopped and saved: go on with `python train.py --out {} --resume`"),
-    ("SIGINT", 130, "stopped and saved: go on with `python train.py --out {} --resume`"),
-    ("killed worker", 1, "error: DataLoader worker"),
-    ("killed", -signal.SIGKILL, ""),
-    ("closed pipe", 1, "")])
-def test_every_end_is_over_within_seconds(place, processes, name, status, said):
-    """`communicate` returns when nobody holds the pipes any more: no loader is left either."""
-    process = processes[name]
-    if process.stdout.closed:
-        process.stdout = None
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == status, err
-    assert said.format(place / name) in (out or "") + err
-    if name != "exception":
-        assert "Traceback" not in err
-
-    config, state = train.settings_of({"out": str(place / name), "resume": True})
-    assert state["epoch"] == len(state["history"]) >= 1
-    assert infer.SAPL.load(train.newest(config.out), "cpu").config["clip"] == config.clip
-
-
-def test_a_loader_that_just_started_can_be_ended():
-    """It inherits our handler: if that only took note, the end would wait for it forever."""
-    with train.Stop() as stop:
-        loader = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        loader.start()
-        loader.terminate()
-        loader.join(10)
-        ended = loader.exitcode is not None
-        loader.kill()
-    assert ended
-    assert stop.number == 0
-
-
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
-    """The command `timeout` sends its signal to the process and to its group."""
-    now = 1000.0
-    monkeypatch.setattr(train.time, "time", lambda: now)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        with train.Stop() as stop:
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.number == signal.SIGTERM
-            now += 2
-            signal.raise_signal(signal.SIGTERM)
-    assert stopped.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.fixture(scope="module")
+def ends(disturbed):
+    """{key of DISTURB: (exit status, what it said)} of those that ended."""
+    try:
+        lines, _ = disturbed.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(disturbed.pid, signal.SIGKILL)
+        lines, _ = disturbed.communicate()
+    found = [json.loads(line) for line in lines.splitlines()]
+    return {name: (status, said) for name, status, said in found}
 
 
 # ------------------------------------------------------------------------------- what is learned
@@ -213,11 +221,11 @@ def test_training_learns(place, precision):
     """Noise in a drawn picture is found in pictures that were never seen."""
     if not (place / "large").exists():
         draw_set(place / "large", 60)
-    config = settings(place, f"learned-{precision}", data=str(place / "large"), val=0.4, epochs=5,
-                      zoom=4, lora_share=1.0, precision=precision)
+    config = settings(place, f"learned-{precision}", data=str(place / "large"), val=0.3, epochs=4,
+                      zoom=4, lora_share=1.0, lr=3e-3, precision=precision)
     train.train(config)
     history = saved(config)["history"]
-    assert history[-1]["val_auc"] > 0.8                          # 48 pictures, chance: 0.5 +- 0.08
+    assert history[-1]["val_auc"] > 0.8                          # 36 pictures, chance: 0.5 +- 0.1
     assert history[-1]["entropy"] < 0.8 * history[0]["entropy"]
 
 
@@ -268,9 +276,10 @@ def test_hecl_trains_every_level_of_the_map(place, tune):
     objective = train.Objective(run.model, run.hecl, 0.1, 1.0)
     losses = objective(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]), 1.0)        # (3,)
     losses[2].backward()
-    assert len(run.model.depths.projections) == 2
-    for project in run.model.depths.projections:
-        assert project.weight.grad.abs().sum() > 0
+    matrices = [p for p in run.model.depths.parameters() if p.ndim == 2]
+    assert len(matrices) == 2
+    for matrix in matrices:
+        assert matrix.grad.abs().sum() > 0
 
 
 def test_the_sum_of_the_losses(place):
@@ -427,7 +436,8 @@ def test_log_and_curves(reference):
     assert lines[0].startswith("epoch,loss,entropy,hecl,val_loss,val_auc,map_genuine")
     picture = np.asarray(Image.open(Path(config.out, "curves.png")).convert("RGB"))      # (H, W, 3)
     keys = ("loss", "hecl", "val_loss", "val_auc", "map_genuine", "map_manipulated")
-    best = history.index(train.best_of(history))
+    places = [70, 620]                                           # of the epochs, pixels
+    marked = places.pop(history.index(train.best_of(history)))
     for i, key in enumerate(keys):                               # a line in every strip
         strip = picture[110 * i + 24:110 * i + 101]
         blue = (strip == (0, 0, 255)).all(axis=2)                                        # (H, W)
@@ -435,8 +445,8 @@ def test_log_and_curves(reference):
         right = np.flatnonzero(blue[:, 616]).mean()
         assert np.sign(left - right) == np.sign(history[1][key] - history[0][key])
         orange = (strip == (0xcc, 0x66, 0)).all(axis=2).sum(axis=0)                      # (W,)
-        assert orange[(70, 620)[best]] > 60
-        assert orange[(620, 70)[best]] == 0
+        assert orange[marked] > 60
+        assert orange[places[0]] == 0
 
 
 # ----------------------------------------------------------------------------------- calibration
@@ -600,11 +610,12 @@ def test_a_worker_that_dies_while_saving_is_named(place, monkeypatch, capsys):
     assert "make room" not in error
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("batch", [8, 36])
 def test_a_loss_that_is_no_number_stops_and_is_not_saved(place, batch):
     """Within an epoch, and in the validation after its only step."""
     config = settings(place, f"nan-{batch}", lr=1e30, batch=batch)
-    with pytest.raises(ValueError, match="found .*nan.*epoch.*, expected numbers: .*lower --lr") as error:
+    with pytest.raises(ValueError, match="found .*nan.* epoch .*lower --lr") as error:
         train.train(config)
     assert "None" not in str(error.value)
     assert train.newest(config.out) is None
@@ -612,10 +623,10 @@ def test_a_loss_that_is_no_number_stops_and_is_not_saved(place, batch):
 
 @pytest.mark.parametrize("where", ["read_pictures", "calibrate"])
 def test_ctrl_c_beside_the_loop_is_one_line(place, monkeypatch, capsys, where):
-    def interrupt(*arguments):
+    def press(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, where, interrupt)
+    monkeypatch.setattr(train, where, press)
     try:
         status = train.main(words_of(settings(place, f"ctrl-c-{where}", epochs=1)))
     except KeyboardInterrupt:
@@ -634,7 +645,7 @@ def test_out_of_memory_is_one_line(place, monkeypatch, capsys, error):
     monkeypatch.setattr(train, "backward", backward)
     assert train.main(words_of(settings(place, "memory"))) == 1
     line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: out of memory: ")
+    assert re.match("error: .*memory", line)
     assert "--batch" in line
     assert "--accumulate" in line
 
@@ -695,9 +706,8 @@ def test_a_run_is_not_overwritten(reference, capsys):
 
 # ------------------------------------------------------------------------------ several processes
 
-def test_two_processes_are_one(place, reference):
-    """The same global batch on two gloo processes: the same losses, queues and weights."""
-    config = settings(place, "two")
+def in_two_processes(config):
+    """Train as `torchrun --nproc_per_node=2` does, with gloo -> both exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -713,8 +723,14 @@ def test_two_processes_are_one(place, reference):
         process.start()
     for process in both:
         process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
+        process.kill()
+    return [process.exitcode for process in both]
 
+
+def test_two_processes_are_one(place, reference):
+    """The same global batch on two processes: the same losses, queues and weights."""
+    config = settings(place, "two")
+    assert in_two_processes(config) == [0, 0]
     one = saved(reference.config)
     two = saved(config)
     for a, b in zip(one["history"], two["history"], strict=True):
@@ -723,6 +739,25 @@ def test_two_processes_are_one(place, reference):
     assert largest_difference(one["hecl"], two["hecl"]) < 1e-5
     assert largest_difference(one["model"], two["model"]) < 1e-4
     assert one["hecl"]["queues.0.filled"] == 40                  # full, so it has wrapped
+
+
+@pytest.mark.parametrize("number, steps", [(1, [1]), (2, [4, 5])])
+def test_a_signal_to_one_process_stops_both(place, monkeypatch, number, steps):
+    """When the second process begins to load for training, or for validation. The first saves,
+    before or after that validation."""
+    config = settings(place, f"stopped-at-{number}")
+    real = train.load
+    calls = []
+
+    def load(*arguments):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "load", load)
+    assert in_two_processes(config) == [143, 143]
+    assert 4 * saved(config)["epoch"] + saved(config)["step"] in steps
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -763,7 +798,8 @@ def test_it_says_what_differs_from_the_defaults(reference):
     assert start == "from epoch 1, step 1"
     *_, end = reference.out.splitlines()
     assert end.startswith("finished: the best is epoch ")
-    assert end.endswith(f"next: `python infer.py PICTURES --checkpoint {reference.config.out}/best.pt`")
+    best = Path(reference.config.out, "best.pt")
+    assert end.endswith(f"next: `python infer.py PICTURES --checkpoint {best}`")
 
 
 def test_problems_of_the_set_are_repeated(place, capsys):
@@ -840,3 +876,46 @@ def test_a_wrong_call_is_one_line_before_any_training(place, reference, tmp_path
     assert re.search(message, error)
     assert said.out == ""
     assert not out.exists()
+
+
+# ----------------------------------------------------------------------------------- nothing hangs
+
+@pytest.mark.parametrize("name, status, words", [
+    ("exception", 1, "RuntimeError: unforeseen"),
+    ("SIGINT", 130, "stopped and saved: go on with `python train.py --out {} --resume`"),
+    ("SIGTERM", 143, "stopped and saved: go on with `python train.py --out {} --resume`"),
+    ("dead loader", 1, "error: DataLoader worker"),
+    ("SIGKILL", -9, ""),
+    ("head", 1, "36 pictures to train")])
+def test_every_end_is_over_and_leaves_a_checkpoint(place, ends, name, status, words):
+    assert name in ends, "it hangs, or a loader of it lives on"
+    found, said = ends[name]
+    assert found == status, said
+    assert words.format(place / name) in said
+    if name != "dead loader":                # a thread of Python's may not find its pipe any more
+        assert ("Traceback" in said) == (name == "exception")
+
+    config, state = train.settings_of({"out": str(place / name), "resume": True})
+    assert state["epoch"] == len(state["history"]) == 1
+    assert state["step"] == (1 if name in ("SIGINT", "SIGTERM") else 0)
+    assert ecpl.SAPL.load(train.newest(config.out), "cpu").config["clip"] == config.clip
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """The command `timeout` sends its signal to the process and to its group."""
+    now = 1000.0
+    monkeypatch.setattr(train.time, "time", lambda: now)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        with train.Stop() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            now += 2
+            signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+if __name__ == "__main__":
+    train_all_disturbed(Path(sys.argv[1]))
