@@ -2,7 +2,7 @@
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The
 parameters have OpenAI's names, so that their official weights load as they are.
-Reading order: tokenizer -> towers -> LoRA -> files of weights -> a lesson (`python clip.py`).
+Reading order: tokenizer -> towers, LoRA -> files of weights -> a lesson (`python clip.py`).
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
 """
@@ -64,16 +64,15 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
 
-    Ids, in this order: 256 bytes, the same 256 bytes where they end a word ("a</w>"), merges of two
-    symbols, start, end. Only merges need the vocabulary file, so 514 ids work without it.
-    Raises OSError if the file is needed and cannot be had.
+    Ids, in this order: 256 bytes, the same 256 where they end a word ("a</w>"), merges of two
+    symbols, start, end. Only merges need the vocabulary file (OSError if it cannot be had).
     """
 
     def __init__(self, vocab_size):
         merges = []                                      # pairs of symbols, first learned first
         if vocab_size > 514:
-            with gzip.open(fetch(VOCABULARY, VOCABULARY_SHA256), "rt", encoding="utf8") as file:
-                lines = file.read().split("\n")
+            content = fetch(VOCABULARY, VOCABULARY_SHA256).read_bytes()
+            lines = gzip.decompress(content).decode().split("\n")
             merges = [tuple(line.split()) for line in lines[1:vocab_size - 513]]
 
         # Each byte is shown as one letter; bytes without a visible one get chr(256), chr(257), ..
@@ -125,16 +124,15 @@ def tokenize(texts, context_length=77, vocab_size=49408, truncate=False):
 
     for row, text in zip(tokens, texts):
         ids = [tokenizer.ids[symbol] for symbol in tokenizer.pieces(text)]
-        if len(ids) > context_length:
-            if not truncate:
-                raise ValueError(f"found {len(ids)} tokens, expected {context_length} at most: "
-                                 f"shorten {text!r:.60}")
-            ids = ids[:context_length - 1] + ids[-1:]
+        if len(ids) > context_length and not truncate:
+            raise ValueError(f"found {len(ids)} tokens, expected {context_length} at most: "
+                             f"shorten {text!r:.60}")
+        del ids[context_length - 1:-1]
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
 
-# ---------------------------------------------------------------------------------------- towers
+# ------------------------------------------------------------------------------ towers, and LoRA
 
 def random_weight(*shape, std):
     """A new parameter. Ours: uniform, because torch's normal numbers take a second for a CLIP."""
@@ -143,8 +141,8 @@ def random_weight(*shape, std):
 
 
 class LoRA(nn.Module):
-    """A trainable change of low rank beside a frozen linear map, alpha / rank * B A x (Hu et al.
-    2021). Beside it, because a weight that it were added to would need a gradient of its own."""
+    """A trainable change of low rank beside a frozen linear map: alpha / rank * B A x (Hu et al.
+    2021). Added to the weight itself, that would need a gradient of full size."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -159,11 +157,11 @@ class LoRA(nn.Module):
 
 def attend(q, k, v, causal):
     """Scaled dot-product attention: q, k, v (B, heads, L, d) -> (B, heads, L, d)."""
-    # PyTorch's fused form is the right one, but on a CPU its backward pass in bfloat16 is 2 to 6
-    # times as slow as that of two matrix products.
+    # On a CPU the fused form's backward pass in bfloat16 is 2 to 6 times slower than two products.
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     if not plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                     # (B, heads, L, L)
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)       # (L, L)
@@ -236,15 +234,15 @@ class Transformer(nn.Sequential):
 
 
 class Stem(nn.Sequential):
-    """Ours, not OpenAI's: a second eye, stride-2 convolutions on what a small blur takes away.
+    """Ours, in the shipped tiny model alone: stride-2 convolutions on what a small blur takes away.
 
     Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
-    sees. Added to it, from zero at first. Only the shipped tiny model has a stem.
+    sees. Added to it, from zero at first.
     """
 
     def __init__(self, channels, width):
         layers = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
-        for inner, outer in zip(channels, (*channels[1:], width)):
+        for inner, outer in zip(channels, [*channels[1:], width]):
             layers += [nn.GELU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
         super().__init__(*layers)
         nn.init.zeros_(self[-1].weight)
@@ -373,11 +371,9 @@ class CLIP(nn.Module):
         return logits, logits.T
 
 
-# ------------------------------------------------------------------------------------------ LoRA
-
 def add_lora(model, rank, alpha):
-    """Freeze a module and give the queries, keys and values of every attention in it LoRA, with
-    one A for all three [ours]; returns the new parameters, a list."""
+    """Freeze a module; LoRA for the queries, keys and values of each attention in it, with one A
+    for all three [ours]. Returns the new parameters, a list."""
     model.requires_grad_(False)
     added = []
     for module in model.modules():
@@ -389,7 +385,7 @@ def add_lora(model, rank, alpha):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Add the changes to the weights: the same outputs and keys as a model without LoRA."""
+    """Add the changes to the weights: the same outputs, the keys of a model without LoRA."""
     for module in model.modules():
         if isinstance(module, Attention) and module.lora is not None:
             module.in_proj_weight += module.lora.scale * module.lora.B @ module.lora.A
@@ -413,7 +409,7 @@ def sizes_of(shapes):
         vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
         context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
         transformer_width=transformer_width, transformer_layers=len(blocks) - vision_layers,
-        stem=tuple(rows for rows, *_ in stem[:-1]))                # the last makes Dv
+        stem=[shape[0] for shape in stem[:-1]])                    # the last makes Dv
 
 
 def build(state_dict, device="cpu"):
@@ -429,12 +425,11 @@ def build(state_dict, device="cpu"):
     except (LookupError, ValueError, ArithmeticError) as error:
         raise ValueError(f"no CLIP with patches (a ResNet?), missing or odd: {error}") from error
 
-    expected = {key: tuple(x.shape) for key, x in model.state_dict().items()}
-    for key in expected | shapes:
-        found = shapes.get(key, "none")
-        wanted = expected.get(key, "none")
-        if found != wanted:
-            raise ValueError(f"not the weights of a CLIP: {key}: found {found}, expected {wanted}")
+    wanted = {key: tuple(x.shape) for key, x in model.state_dict().items()}
+    for key in wanted | shapes:
+        if shapes.get(key) != wanted.get(key):
+            raise ValueError(f"not the weights of a CLIP: {key}: found {shapes.get(key, 'none')}, "
+                             f"expected {wanted.get(key, 'none')}")
 
     model.to_empty(device=device)
     for key, weight in model.state_dict().items():
@@ -472,10 +467,10 @@ class Unpickler(pickle.Unpickler):
         return KNOWN[f"{module}.{name}"]
 
 
-def unpickle(program, limit):
-    """Run a pickle (bytes) that may ask for no more memory places than `limit`."""
+def unpickle(program):
+    """Run a pickle (bytes), which has no need of more memory places than it has bytes."""
     for operation, argument, _ in pickletools.genops(program):
-        if "PUT" in operation.name and argument > limit:
+        if "PUT" in operation.name and argument > len(program):
             raise ValueError("its pickle asks for absurd memory")
     return Unpickler(io.BytesIO(program)).load()
 
@@ -487,15 +482,16 @@ def find_tensors(node, name, found, seen):
     if not isinstance(node, dict) or id(node) in seen or len(name) > 200:
         return
     seen.add(id(node))                                   # a dictionary may hold itself
-    for key, child in (node | vars(node) if isinstance(node, OrderedDict) else node).items():
+    children = dict(node) | getattr(node, "__dict__", {})
+    for key, child in children.items():
         find_tensors(child, f"{name}.{key}" if name else str(key), found, seen)
 
 
-def read_storage(archive, name, dtype):
-    """The numbers of an entry of an open archive -> (length,)."""
+def read_entry(archive, name):
+    """The bytes of an entry of an open zip; compressed ones, which may be huge, are refused."""
     if archive.getinfo(name).compress_type:
         raise ValueError(f"{name} is compressed")
-    return torch.frombuffer(bytearray(archive.read(name)), dtype=dtype)        # (length,)
+    return bytearray(archive.read(name))
 
 
 def read_archive(path):
@@ -504,25 +500,26 @@ def read_archive(path):
     The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
     checkpoint of SAPL only the CLIP is read. Raises ValueError, one line, for anything else.
     """
-    size = os.path.getsize(path)
-    found, storages, tensors = {}, {}, {}
     try:
         with zipfile.ZipFile(path) as archive:
-            root, = [name.removesuffix("data.pkl") for name in archive.namelist()
-                     if name.endswith("/data.pkl")]
-            program = bytes(read_storage(archive, f"{root}data.pkl", torch.uint8).tolist())
-            find_tensors(unpickle(program, limit=size), "", found, set())
-            own = {name: x for name, x in found.items() if name.startswith("clip.")}
+            index, = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            root = index.removesuffix("data.pkl")
+            found = {}
+            find_tensors(unpickle(bytes(read_entry(archive, index))), "", found, set())
             claimed = sum(math.prod(x.shape) * x.storage[1].itemsize for x in found.values())
-            if claimed > 2 * size:
+            if claimed > 2 * os.path.getsize(path):
                 raise ValueError("its tensors claim more than twice its size")
 
-            for name, tensor in (own or found).items():
-                _, dtype, key, *_ = tensor.storage
+            own = {name: x for name, x in found.items() if name.startswith("clip.")}
+            storages = {}
+            tensors = {}
+            for name, x in (own or found).items():
+                _, dtype, key, *_ = x.storage
                 if key not in storages:
-                    storages[key] = read_storage(archive, f"{root}data/{key}", dtype)
-                tensors[name.removeprefix("clip.")] = storages[key].as_strided(
-                    tensor.shape, tensor.stride, tensor.offset)                # its shape
+                    content = read_entry(archive, f"{root}data/{key}")
+                    storages[key] = torch.frombuffer(content, dtype=dtype)     # (length,)
+                tensor = storages[key].as_strided(x.shape, x.stride, x.offset)  # (*shape)
+                tensors[name.removeprefix("clip.")] = tensor
             return tensors
     except Exception as error:                           # damage has many faces
         raise ValueError(f"{path}: no readable archive of weights: {error}") from error
@@ -554,9 +551,9 @@ def fetch(url, sha256):
             raise OSError("what came has another SHA-256")
         return part.replace(target)
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"found no {target}, and it cannot be downloaded ({error}), expected the file "
-                      f"of {url} with SHA-256 {sha256}: put it there, or use --clip tiny, which "
-                      "works without it") from error
+        raise OSError(f"found no {target}, and it cannot be downloaded ({error}), expected the "
+                      f"file of {url} with SHA-256 {sha256}: put it there, or use --clip tiny, "
+                      "which works without it") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -594,25 +591,28 @@ def native_dtype(device):
 
 def lesson(words):
     """Print the pieces of some words, then what patches of a picture say to two sentences."""
-    there = (cache_folder() / VOCABULARY.rpartition("/")[2]).is_file()
-    tokenizer = Tokenizer(49408 if there else 514)
-    if not there:
+    vocab_size = 49408
+    if not (cache_folder() / Path(VOCABULARY).name).is_file():
         print(f"no vocabulary in {cache_folder()}: bytes instead of pieces")
+        vocab_size = 514
+    tokenizer = Tokenizer(vocab_size)
     print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(words)))
 
     model = load("tiny")
     tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
-    picture = np.array(Image.open(Path(__file__).with_name("tests") / "forged.png"))
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255             # (1, 3, 320, 448)
+    picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
+    image = torch.from_numpy(np.array(picture)) / 255                          # (320, 448, 3)
+    image = image.permute(2, 0, 1)[None]                                       # (1, 3, 320, 448)
     with torch.no_grad():
         _, features = model.encode_patches(normalize(image))                   # (1, N, D)
         text = F.normalize(model.encode_text(tokens), dim=-1)                  # (2, D)
     similarity = F.normalize(features, dim=-1) @ text.T                        # (1, N, 2)
-    h, w = model.visual.grid(image)
-    difference = (similarity[..., 1] - similarity[..., 0]).view(1, h, w)       # (1, h, w)
     print(f"pixels {tuple(image.shape)} -> patches {tuple(features.shape)}, sentences "
           f"{tuple(text.shape)} -> cosines {tuple(similarity.shape)}")
-    print('cosine with "manipulated" less cosine with "genuine", in percent, 5 x 5 patches a number:')
+
+    print('cosine with "manipulated" less that with "genuine", percent, 5 x 5 patches a number:')
+    difference = similarity[..., 1] - similarity[..., 0]                       # (1, N)
+    difference = difference.view(1, *model.visual.grid(image))                 # (1, h, w)
     for row in F.avg_pool2d(difference, 5)[0]:
         print("   ", " ".join(f"{100 * value:4.0f}" for value in row))
 

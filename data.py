@@ -1,8 +1,8 @@
 """Pictures and labels: reading data sets in the field's layouts, and feeding the training.
 
 Reading order: one picture -> a data set on disk -> the training set -> what is wrong with a set
-(`python data.py SET`; without SET a short lesson). Label 1 = manipulated. Masks are found and named
-here, never read: only tests/evaluate.py does, to measure. The training set holds paths and labels.
+(`python data.py SET`; without SET a short lesson). Label 1 = manipulated. Masks are named here,
+never read: only tests/evaluate.py does. The training set holds paths and labels.
 """
 import argparse
 import csv
@@ -116,11 +116,8 @@ class Report(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the paths of a data set look like: lower case, without extension, below any folder.
-
-    Groups of `mask` and `manipulated` must agree for a mask to belong to a picture; the groups of
-    `scene` name what pictures of one scene share.
-    """
+    """What paths look like: lower case, without extension, below any folder. A mask belongs to the
+    picture with equal groups; the groups of `scene` are what pictures of one scene share."""
     genuine: str
     manipulated: str
     mask: str
@@ -159,14 +156,13 @@ def roles_in(layout, names):
     """{file: (role, groups)} where a Layout knows what a file is; names: {file: path in it}."""
     roles = {}
     for file, name in names.items():
+        found = {}
         for role in ("mask", "unused", "genuine", "manipulated"):      # a mask is no picture
             groups = match(getattr(layout, role), name)
-            if groups is None:
-                continue
-            doubtful = role == "genuine" and match(layout.manipulated, name) is not None
-            if not doubtful:                                           # not in tp/real/
-                roles[file] = role, groups
-            break
+            if groups is not None:
+                found[role] = groups
+        if found and list(found) != ["genuine", "manipulated"]:        # tp/real/ could be both
+            roles[file] = next(iter(found.items()))
     return roles
 
 
@@ -175,70 +171,82 @@ def find_layout(root, names):
     is named like a class or like masks; else ValueError, which names a file that does not fit."""
     for name, layout in LAYOUTS.items():
         roles = roles_in(layout, names)
-        count = Counter(role for role, _ in roles.values())
-        complete = len(roles) == len(names) and count["genuine"] + count["manipulated"] > 0
+        kinds = {role for role, _ in roles.values()}
+        usable = "genuine" in kinds or "manipulated" in kinds
         if name == "IMD2020":                              # any two levels of folders look like it
-            complete = complete and count["genuine"] > 0 and count["mask"] > 0
-        if complete:
+            usable = "genuine" in kinds and "mask" in kinds
+        if usable and len(roles) == len(names):
             return name, roles
 
-    words = f"{GENUINE}|{MANIPULATED}|{MASKS}"
+    telling = f"(?:{GENUINE}|{MANIPULATED}|{MASKS})/.*"
+    if all(match(telling, name) is None for name in names.values()):
+        return "no labels", {}
     known = roles_in(LAYOUTS["folders"], names)
-    if known or any(re.fullmatch(words, part) for name in names.values()
-                    for part in name.split("/")[:-1]):
-        odd = [file for file in names if file not in known] or list(names)
-        raise ValueError(f"found {odd[0]}, which fits no layout, expected in {root} only folders "
-                         "of genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and "
-                         "masks: rename or move it, or write a list image,label,mask")
-    return "no labels", {}
+    odd = [file for file in names if file not in known] or list(names)
+    raise ValueError(f"found {odd[0]}, which fits no layout, expected in {root} only folders of "
+                     "genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and masks: "
+                     "rename or move it, or write a list image,label,mask")
+
+
+def names_in(root):
+    """{file: its path in a folder, as a Layout sees it} of all pictures that are not hidden."""
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    names = {}
+    for file in files:
+        name = file.relative_to(root).with_suffix("").as_posix().lower()
+        hidden = "/." in f"/{name}"
+        if file.suffix.lower() in EXTENSIONS and not hidden:
+            names[file] = name
+    if not names:
+        endings = ", ".join(sorted({file.suffix for file in files})) or "nothing"
+        raise ValueError(f"found no picture in {root} (only {endings}), expected "
+                         f"{', '.join(EXTENSIONS)}: convert them, or check the path")
+    return names
 
 
 def read_folder(root):
     """A folder in one of LAYOUTS -> (pictures, Report); in none of them: pictures, no labels."""
-    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
-    names = {file: file.relative_to(root).with_suffix("").as_posix().lower()
-             for file in files if file.suffix.lower() in EXTENSIONS}
-    names = {file: name for file, name in names.items() if "/." not in f"/{name}"}   # not hidden
-    if not names:
-        endings = sorted({file.suffix for file in files if file.suffix})
-        raise ValueError(f"found no picture in {root} (only {', '.join(endings) or 'nothing'}), "
-                         f"expected {', '.join(EXTENSIONS)}: convert them, or check the path")
-
+    names = names_in(root)
     layout, roles = find_layout(root, names)
     if layout == "no labels":
         problem = "no labels: no folder is named au, tp or alike"
         return [Picture(file, None) for file in names], Report(layout, [problem])
-    scene, inverted = LAYOUTS[layout].scene, LAYOUTS[layout].inverted
 
-    problems, masks, pictures, first = [], {}, [], {}
-    unclear = set()                                # two masks for one picture: neither is used
+    # what has equal groups belongs together
+    masks = defaultdict(list)
+    manipulated = defaultdict(list)
     for file, (role, groups) in roles.items():
-        if role == "mask" and masks.setdefault(groups, file) != file:
-            problems.append(f"duplicate: {file} beside {masks[groups]}")
-            unclear.add(groups)
+        if role == "mask":
+            masks[groups].append(file)
+        elif role == "manipulated":
+            manipulated[groups].append(file)
+    problems = []
+    for first, *others in (*masks.values(), *manipulated.values()):
+        problems += [f"duplicate: {other} beside {first}" for other in others]
+    for groups in masks.keys() - manipulated.keys():
+        problems.append(f"mask without picture: {masks[groups][0]}")
+
+    pictures = []
     for file, (role, groups) in roles.items():
         if role not in ("genuine", "manipulated"):
             continue
-        mask = None
-        if role == "manipulated":
-            if groups not in unclear:
-                mask = masks.get(groups)
-            if first.setdefault(groups, file) != file:
-                problems.append(f"duplicate: {file} beside {first[groups]}")
-            if masks and not mask:
-                problems.append(f"no mask: {file}")
-        source = "".join(group or "" for group in match(scene, names[file]) or ())
         label = 0 if role == "genuine" else 1
-        pictures.append(Picture(file, label, mask, source, inverted))
-    for groups, file in masks.items():
-        if groups not in first:
-            problems.append(f"mask without picture: {file}")
+        mask = None
+        if label == 1 and len(masks.get(groups, ())) == 1:             # of two, neither is used
+            mask = masks[groups][0]
+        if label == 1 and masks and not mask:
+            problems.append(f"no mask: {file}")
+        scene = match(LAYOUTS[layout].scene, names[file]) or ()
+        source = "".join(group for group in scene if group)
+        pictures.append(Picture(file, label, mask, source, LAYOUTS[layout].inverted))
     return pictures, Report(layout, problems)
 
 
 def list_rows(file):
     """The rows of a list as (line or entry number, image, mask, label), texts as they stand."""
     text = file.read_text(encoding="utf-8-sig")
+    lines = text.splitlines()
+
     if file.suffix.lower() == ".json":
         entries = json.loads(text)
         if isinstance(entries, dict):                          # WSCL: {id: {path, label, mask}}
@@ -246,14 +254,15 @@ def list_rows(file):
                     for i, row in enumerate(entries.values(), start=1)]
         return [(i, image, mask, "0" if mask == "Negative" else "1")            # IMDL-BenCo
                 for i, (image, mask) in enumerate(entries, start=1)]
-    lines = list(enumerate(text.splitlines(), start=1))
+
     if file.suffix.lower() == ".csv":                          # image,label[,mask]
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(lines)
         if not {"image", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"its first line is {lines[0][1] if lines else ''!r:.60}")
+            raise ValueError(f"its first line is {lines[:1]!r:.60}")
         return [(reader.line_num, row["image"], row.get("mask"), row["label"]) for row in reader]
+
     rows = []                                                  # MVSS-Net: image mask label
-    for i, line in lines:
+    for i, line in enumerate(lines, start=1):
         words = line.rsplit(maxsplit=2)
         if len(words) == 3:
             rows.append((i, *words))
@@ -264,25 +273,25 @@ def list_rows(file):
 
 def read_list(file):
     """A list of pictures -> (pictures, Report); paths start at its folder."""
-    pictures, problems = {}, []
+    pictures = {}
+    problems = []
     try:
-        rows = list_rows(file)
-        for number, image, mask, label in rows:
+        for number, image, mask, label in list_rows(file):
             if str(label).strip() not in ("0", "1"):
                 raise ValueError(f"line {number}: found label {label!r:.60}, expected 0 (genuine) "
                                  "or 1 (manipulated)")
-            label = int(label)
             path = file.parent / image.strip()
-            if label == 0 or mask in ("", "None", None):
-                mask = None
             if path in pictures:
                 problems.append(f"duplicate: {path}, line {number}")
-            mask = mask and file.parent / mask
-            pictures.setdefault(path, Picture(path, label, mask, path.stem.lower()))
+                continue
+            has_mask = int(label) == 1 and mask not in ("", "None", None)
+            mask = file.parent / mask if has_mask else None
+            pictures[path] = Picture(path, int(label), mask, path.stem.lower())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"found {file}, which cannot be read ({error}), expected CSV with the "
                          "header image,label,mask (commas), text 'image mask label', or JSON: "
                          "correct it") from None
+
     if pictures and not any(path.is_file() for path in pictures):
         raise ValueError(f"found none of the {len(pictures)} pictures of {file}, tried "
                          f"{next(iter(pictures))}: write paths as seen from the list's folder")
@@ -290,8 +299,7 @@ def read_list(file):
 
 
 def check(picture, decode):
-    """Problems of a picture's files, one line each; a line that starts "bad file" makes it
-    unusable. Looks at the headers, with `decode` at every pixel."""
+    """What is wrong with a picture's files: one line, "bad file" if it is unusable, or ""."""
     try:
         size, _ = picture_size(picture.path)
         if decode:
@@ -299,38 +307,38 @@ def check(picture, decode):
         if picture.mask:
             found, _ = picture_size(picture.mask)
             if found == size[::-1] != size:
-                return [f"mask on its side, will be turned: {picture.mask}"]
+                return f"mask on its side, will be turned: {picture.mask}"
             if found != size:
-                return [f"mask of another size than its picture: {picture.mask}"]
+                return f"mask of another size than its picture: {picture.mask}"
     except BadPicture as error:
-        return [f"bad file: {error}"]
-    return []
+        return f"bad file: {error}"
+    return ""
 
 
 def read_set(path, masks=True, decode=False):
     """A folder or list -> (pictures, Report) without unusable files, which the report names.
 
-    masks=False: no mask is opened, nor kept. decode: read every picture to its end, not only its
-    header. Raises ValueError, one line, if there is nothing to use or the layout is unclear.
+    masks=False: no mask is opened, nor kept. decode: reads every picture, not only its header.
+    Raises ValueError, one line, if there is nothing to use or the layout is unclear.
     """
     root = Path(path)
     if not root.exists():
         raise ValueError(f"found no {root}, expected a folder or list of pictures: check the path")
     if root.is_file() and root.suffix.lower() in EXTENSIONS:
-        raise ValueError(f"found a picture, {root}, expected a folder or list of pictures: name "
-                         "its folder")
+        raise ValueError(f"found a picture, {root}, expected a folder or list: name its folder")
     entries, report = read_folder(root) if root.is_dir() else read_list(root)
-    if not masks:
-        entries = [entry._replace(mask=None) for entry in entries]
 
     pictures = []
     for picture in entries:
-        problems = check(picture, decode)
-        report.problems.extend(problems)
-        if not any(problem.startswith("bad file") for problem in problems):
+        if not masks:
+            picture = picture._replace(mask=None)
+        problem = check(picture, decode)
+        if problem:
+            report.problems.append(problem)
+        if not problem.startswith("bad file"):
             pictures.append(picture)
     if not pictures:
-        reason = (report.problems or ["it is empty"])[-1]
+        reason = report.problems[-1] if report.problems else "it is empty"
         raise ValueError(f"found no usable picture in {root} ({reason}), expected some: folders "
                          "au/ and tp/, or a list")
 
@@ -343,26 +351,24 @@ def read_set(path, masks=True, decode=False):
 
 def split(pictures, fraction, seed):
     """Pictures -> (train, val): about `fraction` of the scenes go to val, no scene to both."""
-    scenes = sorted({picture.source or str(picture.path) for picture in pictures})
-    scenes = np.random.default_rng(seed).permutation(scenes)
+    scene_of = {picture: picture.source or str(picture.path) for picture in pictures}
+    scenes = np.random.default_rng(seed).permutation(sorted(set(scene_of.values())))
     held_out = set(scenes[:round(fraction * len(scenes))])
-    train, val = [], []
-    for picture in pictures:
-        scene = picture.source or str(picture.path)
-        (val if scene in held_out else train).append(picture)
+
+    train = [picture for picture in pictures if scene_of[picture] not in held_out]
+    val = [picture for picture in pictures if scene_of[picture] in held_out]
     return train, val
 
 
 # ------------------------------------------------------------------------------ the training set
 
 def degrade(image, size, rng):
-    """Rescale a PIL RGB image to `size` (W, H), then blur, noise and JPEG, each sometimes (ours).
-
-    Equal rng, equal treatment: so that compression or sharpness cannot tell the classes apart.
-    """
+    """Rescale a PIL RGB image to `size` (W, H), then blur, noise and JPEG, each sometimes (ours):
+    compression or sharpness shall not tell the classes. Equal rng, equal treatment."""
     sampling = Image.Resampling(rng.choice([1, 2, 3]))       # Lanczos, bilinear, bicubic
     if image.size != size:
         image = image.resize(size, sampling)
+
     if rng.random() < 0.15:
         image = image.filter(ImageFilter.GaussianBlur(0.3 * 13 ** rng.random()))
     if rng.random() < 0.15:
@@ -383,8 +389,11 @@ class TrainingSet(Dataset):
     def __init__(self, pairs, *, size, seed, augment=True, cache=1000):
         self.photos = [photo for photo, _ in pairs]
         self.labels = [label for _, label in pairs]
-        self.size, self.seed, self.augment = size, seed, augment
+        self.size = size
+        self.seed = seed
+        self.augment = augment
         self.epoch = 0
+
         for i in range(len(self.photos)):
             if cache > 0:
                 self.photos[i] = self.photo(i)
@@ -415,6 +424,7 @@ class TrainingSet(Dataset):
         side = max(1, min(round(side), H, W))
         y = rng.integers(0, H - side + 1)
         x = rng.integers(0, W - side + 1)
+
         window = Image.fromarray(photo[y:y + side, x:x + side])
         if rng.random() < 0.5:
             window = ImageOps.mirror(window)
@@ -424,11 +434,13 @@ class TrainingSet(Dataset):
         rng = self.rng(index)
         photo = self.photo(index)
         work = self.work_size(rng)
+
         if self.augment:
             side = rng.uniform(0.6, 1) * min(photo.shape[:2])
             image = self.window(photo, side, work, rng)
         else:
             image = ImageOps.fit(Image.fromarray(photo), (work, work))
+
         image = degrade(image, (self.size, self.size), rng)
         return to_tensor(image), self.labels[index], index
 
@@ -436,15 +448,14 @@ class TrainingSet(Dataset):
 # ---------------------------------------------------------------------- what is wrong with a set
 
 def accuracy_from(values, labels):
-    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance (ours).
-
-    Each label is guessed from the pictures of the same value in another random half, ten times.
-    """
+    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance (ours). Each label
+    is guessed from the pictures of the same value in another random half, ten times."""
     right = {0: [], 1: []}
     for seed in range(10):
         half = np.random.default_rng(seed).permutation(len(labels)) % 2
         total = Counter(zip(half, labels))
         seen = Counter(zip(half, labels, values))
+
         for own_half, value, label in zip(half, values, labels):
             other = 1 - own_half
             support = seen[other, label, value] / max(1, total[other, label])
@@ -471,15 +482,19 @@ def leaks(pictures):
 def contact_sheet(pictures, path, cell=128):
     """Write up to 24 pictures of a set, each beside its mask and with its name, as one picture."""
     shown = pictures[::len(pictures) // 24 + 1]
-    width, height = 2 * cell + 8, cell + 16
+    width = 2 * cell + 8
+    height = cell + 16
     rows = (len(shown) + 2) // 3
     sheet = Image.new("RGB", (3 * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+
     for i, picture in enumerate(shown):
-        x, y = i % 3 * width, i // 3 * height
+        x = i % 3 * width
+        y = i // 3 * height
+        draw.text((x, y + cell), picture.path.name, fill="black")
         sheet.paste(ImageOps.contain(open_image(picture.path), (cell, cell)), (x, y))
         if picture.mask:
             sheet.paste(ImageOps.contain(open_image(picture.mask), (cell, cell)), (x + cell, y))
-        ImageDraw.Draw(sheet).text((x, y + cell), picture.path.name, fill="black")
     sheet.save(path)
 
 
@@ -489,7 +504,7 @@ def describe(path, with_leaks):
     count = Counter(picture.label for picture in pictures)
     formats = Counter(picture.path.suffix.lower() for picture in pictures)
     sizes = {picture_size(picture.path)[0] for picture in pictures}
-    masks = len([picture for picture in pictures if picture.mask])
+    masks = sum(picture.mask is not None for picture in pictures)
     print(f"{path}: {report.layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
           f"without label, {masks} masks")
     print(f"{dict(formats)}, {len(sizes)} sizes (H, W) from {min(sizes)} to {max(sizes)}")
@@ -509,29 +524,26 @@ def demo():
     """From a file to a training item, on a picture drawn here: what each step makes."""
     rng = np.random.default_rng(1)
     colours = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-    photo = add_noise(colours.resize((128, 96)), 4, rng)
+    photo = add_noise(colours.resize((128, 96)), 4, rng)                # PIL RGB
     print(f"photo        {np.asarray(photo).shape} uint8, (H, W, 3): soft colours and some noise")
     print(f"to_tensor()  {tuple(to_tensor(photo).shape)} float32 in [0, 1]")
 
     # Files of one class have JPEG quality 90, of the other 70: a model could learn just that.
     small = photo.crop((0, 0, 16, 16))
     labels = [0, 1] * 500
-    qualities = [90 - 20 * label for label in labels]
-    before, after = [], []
-    for quality in qualities:
-        image = jpeg(small, quality)
-        before.append(np.asarray(image).tobytes())
-        after.append(np.asarray(degrade(image, (16, 16), rng)).tobytes())
-    print("leaks        genuine files of JPEG quality 90, manipulated ones of 70: their pixels tell "
-          f"the class\n             with accuracy {accuracy_from(before, labels):.2f}, after "
-          f"degrade() with {accuracy_from(after, labels):.2f}; chance is 0.50")
+    files = [jpeg(small, 90 - 20 * label) for label in labels]
+    before = accuracy_from([file.tobytes() for file in files], labels)
+    after = [degrade(file, file.size, rng).tobytes() for file in files]
+    print("leaks        genuine files of JPEG quality 90, manipulated ones of 70: their pixels")
+    print(f"             tell the class with accuracy {before:.2f}, after degrade() with "
+          f"{accuracy_from(after, labels):.2f}; chance is 0.50")
 
     items = TrainingSet([(np.asarray(photo), 0)], size=64, seed=0)
-    for epoch in range(2):
+    for epoch in (0, 1):
         items.epoch = epoch
         image, label, index = items[0]
-        print(f"training     epoch {epoch}, item {index}: {tuple(image.shape)}, label {label}, mean "
-              f"{image.mean():.3f}: another window, and no mask")
+        print(f"training     epoch {epoch}, item {index}: {tuple(image.shape)}, label {label}, "
+              f"mean {image.mean():.3f}: another window, and no mask")
 
 
 def main(arguments=None):

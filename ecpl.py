@@ -8,8 +8,7 @@ third party's digest, so every statement about the method carries its source in 
     [digest]    a digest of the paper: a soft edge map
     [ours]      our choice, every equation and number among them
 
-Reading order: edges -> ECPL, from edges to text -> SAPL, from pictures to a map -> from map to
-region -> files. `python ecpl.py` shows each step on a drawn picture.
+Reading order: edges -> ECPL -> SAPL -> regions -> files. `python ecpl.py` shows each step.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
@@ -35,7 +34,7 @@ CLASSES = ("genuine", "manipulated")
 def sobel(x):
     """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape.
 
-    Borders are replicated. Sums of shifted views are faster than a convolution per channel.
+    Sums of shifted views are faster than a convolution per channel.
     """
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")                               # (B, K, H+2, W+2)
     above, middle, below = x.unfold(2, 3, 1).unbind(dim=-1)                    # (B, K, H, W+2) each
@@ -51,11 +50,10 @@ def sobel(x):
 
 
 def soft_edges(image):
-    """Soft edge map [digest] of the luminance: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in
-    [0, 1).
+    """Soft edge map [digest]: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1).
 
-    The form is ours: g / (g + mean g). A gradient as large as the picture's mean gives one half,
-    and a picture twice as dark has nearly the same edges. A constant picture has none.
+    Ours: g / (g + mean g) of the luminance's gradient g. A picture twice as dark has nearly the
+    same edges, a constant one has none.
     """
     weights = image.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)         # (1, 3, 1, 1)
     luminance = (image * weights).sum(dim=1, keepdim=True)                     # (B, 1, H, W)
@@ -67,7 +65,7 @@ def soft_edges(image):
 
 def pool_edges(edge, h, w):
     """Edge strength per patch, the mean of its strongest quarter [ours]: (B, 1, H, W) -> (B, N)."""
-    _, _, H, W = edge.shape
+    H, W = edge.shape[-2:]
     cell = (H // h, W // w)
     cells = F.unfold(edge, cell, stride=cell)                                  # (B, area, N)
     quarter = max(1, cells.shape[1] // 4)
@@ -75,15 +73,12 @@ def pool_edges(edge, h, w):
 
 
 def feature_variation(features, h, w):
-    """Sobel magnitude of features over the patch grid: (B, N, Dv) -> (B, N, Dv).
-
-    [abstract] measures boundaries by feature variation; Sobel's magnitude is ours.
-    """
+    """How features differ between neighbours [abstract], by Sobel [ours]: (B, N, Dv) -> same."""
     grid = features.transpose(1, 2).unflatten(2, (h, w))                       # (B, Dv, h, w)
     return sobel(grid).flatten(2).transpose(1, 2)                              # (B, N, Dv)
 
 
-# ------------------------------------------------------------------------ ECPL, from edges to text
+# ------------------------------------------------------------------------ ECPL: from edges to text
 
 def projection(inner, outer):
     """LayerNorm and a linear map: (.., inner) -> (.., outer)."""
@@ -101,7 +96,7 @@ class ECPL(nn.Module):
     context tokens a class. s: the spread of the tower's word embeddings, so that o moves prompts in
     steps of their own size; o starts at zero, so training starts from P = V [ours].
 
-    levels: how many. Raises ValueError if context and class words do not fit the text tower.
+    levels: how many. context: M; ValueError if the text tower is too short for it.
     """
 
     def __init__(self, clip_model, *, levels, context):
@@ -127,21 +122,24 @@ class ECPL(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def enhance(self, levels, edges, h, w):
-        """Edge-enhanced features of one depth each: [(B, N, Dv)], edges (B, N) -> [(B, N, Dv)]."""
+        """Edge-enhanced features of each level: [(B, N, Dv)], edges (B, N) -> [(B, N, Dv)]."""
         e = edges[..., None].to(levels[0].dtype)                               # (B, N, 1)
-        # ours: prompts read the tower, they do not train it
-        levels = [x.detach() for x in levels]                                  # [(B, N, Dv)]
-        return [x + e * feature_variation(x, h, w) for x in levels]            # [(B, N, Dv)]
+        enhanced = []
+        for x in levels:
+            x = x.detach()                       # ours: prompts read the tower, do not train it
+            enhanced.append(x + e * feature_variation(x, h, w))                # (B, N, Dv)
+        return enhanced
 
     def prompts(self, enhanced):
         """[(B, N, Dv)] -> context tokens of both classes (B, C * M, Dt)."""
         G = sum(project(x) for project, x in zip(self.projections, enhanced))  # (B, N, Dt)
         V = self.context.flatten(0, 1).expand(len(G), -1, -1)                  # (B, C * M, Dt)
         q = self.in_heads(self.query(self.norm_query(V)))                      # (B, heads, .., d)
-        k = self.in_heads(self.key(G))
-        v = self.in_heads(self.value(G))
-        read = clip.attend(q, k, v, causal=False).transpose(1, 2).flatten(2)   # (B, C * M, Dt)
-        return V + self.spread * self.out(read)
+        k = self.in_heads(self.key(G))                                         # (B, heads, N, d)
+        v = self.in_heads(self.value(G))                                       # (B, heads, N, d)
+        read = clip.attend(q, k, v, causal=False)                              # (B, heads, .., d)
+        read = self.out(read.transpose(1, 2).flatten(2))                       # (B, C * M, Dt)
+        return V + self.spread * read
 
     def in_heads(self, x):
         """(B, L, Dt) -> (B, heads, L, d), heads of 64 numbers."""
@@ -158,7 +156,9 @@ class ECPL(nn.Module):
         start = words[:, :, :1]                                                # (B, C, 1, Dt)
         rest = words[:, :, 1:]                                                 # (B, C, .., Dt)
         sentence = torch.cat([start, prompts, rest], dim=2)                    # (B, C, L, Dt)
-        end = (self.tokens.argmax(dim=-1) + M).repeat(B)                       # (B * C,)
+
+        end = self.tokens.argmax(dim=-1) + M                                   # (C,)
+        end = end.repeat(B)                                                    # (B * C,)
         text = clip_model.encode_prompts(sentence.flatten(0, 1), end)          # (B * C, D)
         return F.normalize(text.view(B, C, -1), dim=-1)                        # (B, C, D)
 
@@ -168,13 +168,13 @@ class ECPL(nn.Module):
         return self.encode(clip_model, self.prompts(enhanced))                 # (B, C, D)
 
 
-# --------------------------------------------------------------- SAPL, from pictures to a map
+# -------------------------------------------------------------------- SAPL: from pictures to a map
 
 class Depths(nn.Module):
     """What each level adds to the features of the map: z_l = W_l LayerNorm(F_l) [ours].
 
-    What betrays a manipulation (noise, blur, seams) fades with depth, so shallower levels join the
-    last one. HECL contrasts each z_l by itself. W starts small: the map starts as CLIP's.
+    Traces (noise, blur, seams) fade with depth, so shallower levels join the last one. HECL
+    contrasts each z_l by itself. W starts small: the map starts as CLIP's.
     """
 
     def __init__(self, Dv, D, levels):
@@ -214,10 +214,9 @@ class SAPL(nn.Module):
     """CLIP, edges, prompts, similarity: pictures to a map of what is manipulated.
 
     config, a plain dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context`
-    (M), `rho` (see pool_score), `zoom` (the tower sees pictures enlarged so many times, because
-    traces are finer than CLIP's patches [ours]), `tune` (what of CLIP is trained: "lora" [digest],
-    "full" or "none"), `lora_rank`, `lora_share` (of the blocks, the last ones), and for inference
-    `max_side` and `window`, pixels.
+    (M), `rho` (see pool_score), `zoom` (pictures are enlarged, as traces are finer than CLIP's
+    patches [ours]), `tune` (what of CLIP is trained: "lora" [digest], "full" or "none"),
+    `lora_rank`, `lora_share` (of the last blocks); for inference `max_side`, `window`, pixels.
     """
 
     def __init__(self, clip_model, config):
@@ -226,7 +225,8 @@ class SAPL(nn.Module):
         self.dtype = torch.float32                           # of matrix products, see `autocast`
         self.clip = clip_model.requires_grad_(False)
         Dv, D = clip_model.visual.proj.shape
-        patch, zoom = clip_model.visual.patch_size, config["zoom"]
+        patch = clip_model.visual.patch_size
+        zoom = config["zoom"]
         if zoom < 1 or patch % zoom:
             raise ValueError(f"found --zoom {zoom}, expected a divisor of the patch size, {patch}")
         self.cell = patch // zoom                            # a patch in pixels of the picture
@@ -236,8 +236,7 @@ class SAPL(nn.Module):
         self.depths = Depths(Dv, D, levels)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.zeros(()))
-        # Calibration: what is taken from the logits of the map and of the score, so that 0.5 is
-        # where decisions are made (train.calibrate).
+        # train.calibrate: taken from the logits, so that decisions are made at a probability of 0.5
         self.register_buffer("map_shift", torch.zeros(()))
         self.register_buffer("score_shift", torch.zeros(()))
 
@@ -251,14 +250,15 @@ class SAPL(nn.Module):
     def autocast(self):
         """The context in which matrices are multiplied as numbers of `self.dtype`."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.bias.device.type, self.dtype, enabled=enabled)
+        return torch.autocast(self.bias.device.type, self.dtype, enabled)
 
     def similarity(self, features, text):
         """Patch logits: features (B, N, D), text (B or 1, C, D) of unit length -> (B, N)."""
         features = F.normalize(features.float(), dim=-1)                       # (B, N, D)
         difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
+        cosines = (features * difference).sum(dim=-1)                          # (B, N)
         scale = self.log_scale.clamp(0, 4.6).exp()           # ours: 1 .. 99.5, as CLIP bounds it
-        return scale * (features * difference).sum(dim=-1) + self.bias         # (B, N)
+        return scale * cosines + self.bias
 
     def forward(self, image):
         """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
@@ -280,7 +280,7 @@ class SAPL(nn.Module):
 
     @classmethod
     def load(cls, path=None, device="auto", precision="auto", merge=True):
-        """The model of a checkpoint (None: the shipped weights/tiny.pt), in eval mode.
+        """The model of a checkpoint (None: the shipped one), in eval mode.
 
         precision: "auto" (bf16 where the hardware multiplies it), "bf16" or "fp32". merge: fold
         LoRA into the weights; False to train on. Raises OSError or ValueError of one line.
@@ -309,14 +309,14 @@ class SAPL(nn.Module):
 
 # --------------------------------------------------------------------------------- map -> region
 
-def spread_largest(x, height, width):
+def dilate(x, height, width):
     """The largest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
     return F.max_pool2d(x, (height, width), stride=1, padding=(height // 2, width // 2))
 
 
-def spread_smallest(x, height, width):
-    """The smallest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
-    return -spread_largest(-x, height, width)
+def erode(x, height, width):
+    """The smallest value in the window."""
+    return -dilate(-x, height, width)
 
 
 def regions(logits, radius):
@@ -324,27 +324,25 @@ def regions(logits, radius):
 
     The mask comes from the similarity map by processing [abstract]; the form is ours: a grey
     closing over 3 x 3 patches, then a grey fill, in which every cell rises to the lowest value that
-    a way from it to the border must cross; last the mean over (2 * radius + 1)^2 patches. What is
-    added to all logits is added to the answer.
+    a way from it to the border must cross; last the mean over (2 * radius + 1)^2 patches.
     """
     assert logits.isfinite().all(), "the fill would never end"
     x = logits[:, None]                                                        # (B, 1, h, w)
-    closed = torch.maximum(spread_smallest(spread_largest(x, 3, 3), 3, 3), x)
+    closed = erode(dilate(x, 3, 3), 3, 3)                                      # (B, 1, h, w)
+    closed = torch.maximum(closed, x)
 
-    # water, let out over the border of the map
-    level = torch.full_like(x, float("inf"))                                   # (B, 1, h, w)
-    level[..., 0, :] = closed[..., 0, :]
-    level[..., -1, :] = closed[..., -1, :]
-    level[..., :, 0] = closed[..., :, 0]
-    level[..., :, -1] = closed[..., :, -1]
+    # water all over, let out at the border: it sinks to its lowest neighbour or to the ground
+    level = closed.clone()                                                     # (B, 1, h, w)
+    level[..., 1:-1, 1:-1] = torch.inf
     while True:
-        lower = torch.minimum(spread_smallest(level, 3, 1), spread_smallest(level, 1, 3))
-        lower = torch.minimum(level, torch.maximum(lower, closed))
+        lowest = torch.minimum(erode(level, 3, 1), erode(level, 1, 3))         # (B, 1, h, w)
+        lower = torch.maximum(lowest, closed)
         if torch.equal(lower, level):
             break
         level = lower
 
-    padded = F.pad(level, (radius,) * 4, mode="replicate")                     # (B, 1, h+2r, w+2r)
+    margins = (radius, radius, radius, radius)
+    padded = F.pad(level, margins, mode="replicate")                           # (B, 1, h+2r, w+2r)
     return F.avg_pool2d(padded, 2 * radius + 1, stride=1)[:, 0]                # (B, h, w)
 
 
@@ -363,23 +361,23 @@ def save_checkpoint(path, model, **state):
 
     The file before is kept as `<path>.previous`; an official CLIP is stored by name and hash.
     """
-    own, backbone = {}, {}
+    own = {}
+    backbone = {}
     for key, value in model.state_dict().items():
-        value = value.detach().cpu()
         if is_backbone(key):
-            backbone[key.removeprefix("clip.")] = value      # OpenAI's names
+            backbone[key.removeprefix("clip.")] = value.cpu()                  # OpenAI's names
         else:
-            own[key] = value
+            own[key] = value.cpu()
     if model.config["tune"] != "full" and model.clip.name in clip.OFFICIAL:
         backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
 
+    content = {"format": FORMAT, "config": model.config, "clip": backbone, "model": own, **state}
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
-            torch.save({"format": FORMAT, "config": model.config, "clip": backbone, "model": own,
-                        **state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
@@ -389,8 +387,9 @@ def save_checkpoint(path, model, **state):
         part.unlink(missing_ok=True)
         if "DataLoader" in str(error):                   # not the disk: a loader process died
             raise
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}), what was there is "
-                      "kept: make room, go on with --resume") from error
+        reason = str(error.__context__ or error).splitlines()[0]       # torch hides the disk's word
+        raise OSError(f"cannot write {path} ({reason}), what was there is kept: make room, go on "
+                      "with --resume") from error
 
 
 def load_checkpoint(path):
@@ -436,36 +435,37 @@ def pick_dtype(precision, device):
 
 
 def demo(out="out/method.png"):
-    """Every step on tests/forged.png, in numbers and as one picture: picture, soft edges, feature
-    variation, map, mask."""
+    """Every step on tests/forged.png, in numbers and as one row of pictures."""
     picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255   # (1, 3, H, W)
+    image = torch.from_numpy(np.array(picture)) / 255                          # (H, W, 3)
+    image = image.permute(2, 0, 1)[None]                                       # (1, 3, H, W)
     model = SAPL.load(device="cpu")
-    h, w = image.shape[2] // model.cell, image.shape[3] // model.cell
     with torch.no_grad():
         output = model(image)
         levels, _ = model.clip.encode_patches(clip.normalize(image), model.config["levels"])
+    h, w = output.logits.shape[-2:]
     edge = soft_edges(image)                                                   # (1, 1, H, W)
-    variation = feature_variation(levels[-1], h, w).mean(dim=-1).view(1, h, w)  # (1, h, w)
+    variation = feature_variation(levels[-1], h, w).mean(dim=-1)               # (1, N)
+    variation = variation.view(1, h, w) / variation.max()                      # (1, h, w)
     answer = regions(output.logits, radius=2) - model.map_shift                # (1, h, w)
 
-    print(f"image            {tuple(image.shape)}")
-    print(f"soft edges       {tuple(edge.shape)}, {edge.min():.2f} .. {edge.max():.2f}")
-    print(f"levels           {len(levels)} x {tuple(levels[0].shape)}, their variation is large "
-          "where neighbours disagree:")
-    coarse = F.avg_pool2d(variation, 5)[0]                                     # (h / 5, w / 5)
-    for row in 100 * coarse / coarse.max():
-        print("   ", " ".join(f"{value:3.0f}" for value in row))
-    print(f"text features    {tuple(output.text.shape)}, one per class, of this picture's prompts")
-    print(f"map              {tuple(output.logits.shape)}, after regions() "
-          f"{(answer > 0).float().mean():.0%} of it above 0.5")
+    print(f"image {tuple(image.shape)}, soft edges {tuple(edge.shape)} up to {edge.max():.2f}")
+    print(f"{len(levels)} levels {tuple(levels[-1].shape)}; the quarter where the last varies "
+          "most, the outlines:")
+    coarse = F.max_pool2d(variation, 2)[0]                                     # (h / 2, w / 2)
+    outline = coarse > coarse.quantile(0.75)                                   # (h / 2, w / 2)
+    for row in outline:
+        print("   ", "".join("##" if strong else " ." for strong in row))
+    print(f"text features {tuple(output.text.shape)}, one a class, of this picture's prompts")
+    print(f"map {tuple(answer.shape)}, {(answer > 0).float().mean():.0%} of it above 0.5")
 
-    panels = [edge[0, 0], variation[0] / variation.max(), answer[0].sigmoid(), answer[0] > 0]
-    sheet = Image.new("RGB", (5 * picture.width + 32, picture.height), "white")
-    sheet.paste(picture)
-    for i, panel in enumerate(panels, start=1):
-        grey = Image.fromarray((255 * panel.float()).byte().numpy())
-        sheet.paste(grey.resize(picture.size), (i * (picture.width + 8), 0))
+    panels = [picture]
+    for grey in (edge[0, 0], variation[0], answer[0].sigmoid(), answer[0] > 0):
+        grey = (255 * grey).byte().numpy()
+        panels.append(Image.fromarray(grey).resize(picture.size))
+    sheet = Image.new("RGB", (5 * (picture.width + 8), picture.height), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (i * (picture.width + 8), 0))
     Path(out).parent.mkdir(exist_ok=True)
     sheet.resize((sheet.width // 2, sheet.height // 2)).save(out)
     print(f"picture, soft edges, feature variation, map, mask: {out}")

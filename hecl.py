@@ -1,9 +1,9 @@
 """HECL, hierarchical edge contrastive learning: genuine against manipulated edge patches.
 
-After SAPL (arXiv 2601.06222), see ecpl.py for what the words in brackets mean: genuine and
-manipulated edge patches are extracted and contrasted [abstract], with a dual queue [digest]. Which
-patches, which loss, which features: ours. "Hierarchical" here: every depth of the image tower has
-its own features, its own head and its own queues. Used in training only.
+After SAPL (arXiv 2601.06222), see ecpl.py for the words in brackets: genuine and manipulated edge
+patches are extracted and contrasted [abstract], with a dual queue [digest]. Which patches, loss and
+features: ours. "Hierarchical" here: every depth of the image tower has its own features, head and
+queues. Used in training only.
 
 Reading order: which patches -> queues -> loss -> HECL. `python hecl.py` shows what it does.
 
@@ -20,60 +20,57 @@ from torch.distributed.nn.functional import all_gather
 def select(edges, logits, *, share, top):
     """Which patches are contrasted: edges, logits (B, N) -> indices (most, least), (B, K) each.
 
-    Only edge patches: the `share` of each picture with the strongest soft edges. Of these the K
-    that look most manipulated (in a manipulated picture they stand for its manipulated edge
-    patches, in a genuine one for its hardest genuine ones) and the K that look least so (genuine
-    edge patches of the very same scene). K is `top`, or half of the edge patches if that is fewer.
+    Edge patches are the `share` of each picture with the strongest soft edges. Of these the K that
+    look most manipulated (a picture's manipulated edge patches, or the hardest genuine ones) and
+    the K that look least so (genuine ones of the very same scene). K: `top`, or half of them all.
     """
-    B, N = edges.shape
-    count = max(1, round(share * N))
+    count = max(1, round(share * edges.shape[1]))
     K = max(1, min(top, count // 2))
     kept = edges.topk(count, dim=1).indices                                    # (B, count)
     order = logits.gather(1, kept).argsort(dim=1, descending=True)             # (B, count)
     ranked = kept.gather(1, order)                                             # (B, count)
-    return ranked[:, :K], ranked[:, -K:]
+    most = ranked[:, :K]                                                       # (B, K)
+    least = ranked[:, -K:]                                                     # (B, K)
+    return most, least
 
 
 def of_all_processes(x):
-    """The batches of all W training processes: (B, ..) -> (W * B, ..), with gradients.
-
-    Each process computes the same loss of it. One process: x itself.
-    """
+    """The batches of all W training processes (B, ..) -> (W * B, ..), with gradients."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     return torch.cat(all_gather(x.contiguous()))                               # (W * B, ..)
 
 
 class DualQueue(nn.Module):
-    """Two first-in-first-out buffers of unit features, one a class [digest]; saved with a run.
-
-    Ours, after MoCo (He et al. 2020): contrast needs more pictures than a batch holds.
-    """
+    """Two first-in-first-out buffers of unit features, one a class [digest], because contrast
+    needs more pictures than a batch holds; the form is ours, after MoCo (He et al. 2020)."""
 
     def __init__(self, length, dim):
         super().__init__()
         self.length = length
         self.register_buffer("features", torch.zeros(2, length, dim))          # (2, length, d)
-        self.register_buffer("filled", torch.zeros((), dtype=torch.long))      # of each queue
-        self.register_buffer("head", torch.zeros((), dtype=torch.long))        # the next place
+        self.register_buffer("filled", torch.tensor(0))                        # of each queue
+        self.register_buffer("head", torch.tensor(0))                          # the next place
 
     def push(self, genuine, manipulated):
-        """Append n features a class, (n, d) each; the oldest make room. Equal numbers, so that the
-        classes stay balanced whatever the batch was."""
+        """Append features (n, d) of each class, equally many of both; the oldest make room."""
         n = min(len(genuine), len(manipulated), self.length)
         if n == 0:
             return
-        places = (self.head + torch.arange(n, device=self.head.device)) % self.length  # (n,)
-        self.features[0, places] = genuine[-n:].to(self.features.dtype)
-        self.features[1, places] = manipulated[-n:].to(self.features.dtype)
+        places = self.head + torch.arange(n, device=self.head.device)          # (n,)
+        places = places % self.length
+        self.features[0, places] = genuine[-n:]
+        self.features[1, places] = manipulated[-n:]
+
         self.head.copy_((self.head + n) % self.length)
         self.filled.copy_((self.filled + n).clamp(max=self.length))
 
     def keys(self):
         """Features (2 * filled, d) and their classes (2 * filled,)."""
         n = int(self.filled)
-        classes = torch.arange(2, device=self.head.device).repeat_interleave(n)  # (2 * filled,)
-        return self.features[:, :n].flatten(0, 1), classes                     # (2 * filled, d)
+        features = self.features[:, :n]                                        # (2, filled, d)
+        classes = torch.arange(2, device=features.device)                      # (2,)
+        return features.flatten(0, 1), classes.repeat_interleave(n)
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):
@@ -84,13 +81,15 @@ def contrast(anchors, classes, keys, key_classes, ignore, tau):
     anchors (A, d), keys (Q, d) of unit length; classes (A,), key_classes (Q,); ignore (A, Q): pairs
     left out of both sums. Anchors without a positive are left out; if all are: 0.
     """
-    logits = (anchors @ keys.T / tau).masked_fill(ignore, -torch.inf)          # (A, Q)
+    logits = anchors @ keys.T / tau                                            # (A, Q)
+    logits = logits.masked_fill(ignore, -torch.inf)
     same = classes[:, None] == key_classes                                     # (A, Q)
     usable = (same & ~ignore).any(dim=1)                                       # (A,)
     if not usable.any():
         return anchors.sum() * 0                                               # ()
-    positive = logits.masked_fill(~same, -torch.inf).logsumexp(dim=1)          # (A,)
-    loss = logits.logsumexp(dim=1) - positive                                  # (A,)
+
+    positive = logits.masked_fill(~same, -torch.inf)                           # (A, Q)
+    loss = logits.logsumexp(dim=1) - positive.logsumexp(dim=1)                 # (A,)
     return loss[usable].mean()                                                 # ()
 
 
@@ -103,7 +102,9 @@ class HECL(nn.Module):
 
     def __init__(self, *, levels, width, dim, queue, tau, share, top):
         super().__init__()
-        self.tau, self.share, self.top = tau, share, top
+        self.tau = tau
+        self.share = share
+        self.top = top
         self.heads = nn.ModuleList([nn.Linear(width, dim) for _ in range(levels)])
         self.queues = nn.ModuleList([DualQueue(queue, dim) for _ in range(levels)])
 
@@ -116,79 +117,74 @@ class HECL(nn.Module):
         B, K = most.shape
         index = torch.cat([most, least], dim=1)                                # (B, 2K)
 
-        genuine = torch.zeros_like(least)                                      # (B, K)
-        own_class = labels[:, None].long().expand(B, K)                        # (B, K)
-        classes = torch.cat([own_class, genuine], dim=1).flatten()             # (A,)
-        picture = torch.arange(B, device=edges.device).repeat_interleave(2 * K)  # (A,)
-
+        # The patches that look most manipulated have the class of their picture.
+        classes = torch.zeros_like(index)                                      # (B, 2K)
+        classes[:, :K] = labels[:, None]
+        classes = classes.flatten()                                            # (A,)
         # Patches of one picture share its content: as positives they would teach scenes, not seams.
-        ignore = picture[:, None] == picture                                   # (A, A)
-        ignore = ignore & (classes[:, None] == classes)                        # (A, A)
+        picture = torch.arange(B, device=index.device)                         # (B,)
+        picture = picture.repeat_interleave(2 * K)                             # (A,)
+        same_picture = picture[:, None] == picture                             # (A, A)
+        same_class = classes[:, None] == classes                               # (A, A)
+        ignore = same_picture & same_class                                     # (A, A)
 
-        total = 0
+        manipulated = labels == 1                                              # (B,)
+        losses = []
         for z, head, queue in zip(depths, self.heads, self.queues):
             z = of_all_processes(z)                                            # (B, N, D)
-            patches = z.gather(1, index[..., None].expand(-1, -1, z.shape[-1]))  # (B, 2K, D)
+            patches = z.take_along_dim(index[..., None], dim=1)                # (B, 2K, D)
             anchors = F.normalize(head(patches).float(), dim=-1)               # (B, 2K, d)
-            total = total + self.compare(anchors, classes, ignore, queue)
+            losses.append(self.compare(anchors.flatten(0, 1), classes, ignore, queue))
             if self.training:
-                self.enqueue(queue, anchors[:, :K].detach(), labels)           # (B, K, d)
-        return total / len(self.heads)
+                newest = anchors[:, :K].detach()                               # (B, K, d)
+                genuine = newest[~manipulated].flatten(0, 1)                   # (n, d)
+                queue.push(genuine, newest[manipulated].flatten(0, 1))
+        return torch.stack(losses).mean()
 
     def compare(self, anchors, classes, ignore, queue):
-        """anchors (B, 2K, d) against themselves and a queue -> scalar."""
-        anchors = anchors.flatten(0, 1)                                        # (A, d)
-        old, old_classes = queue.keys()                                  # (Q - A, d), (Q - A,)
-        keys = torch.cat([anchors, old])                                       # (Q, d)
-        key_classes = torch.cat([classes, old_classes])                        # (Q,)
-        ignore = F.pad(ignore, (0, len(old)))                                  # (A, Q)
+        """anchors (A, d) against themselves and a queue -> scalar."""
+        queued, queued_classes = queue.keys()                            # (Q - A, d), (Q - A,)
+        keys = torch.cat([anchors, queued])                                    # (Q, d)
+        key_classes = torch.cat([classes, queued_classes])                     # (Q,)
+        ignore = F.pad(ignore, (0, len(queued)))                               # (A, Q)
         return contrast(anchors, classes, keys, key_classes, ignore, self.tau)
-
-    def enqueue(self, queue, patches, labels):
-        """Queue the patches (B, K, d) that look most manipulated, each in its picture's class."""
-        genuine = patches[labels == 0].flatten(0, 1)                           # (B0 * K, d)
-        manipulated = patches[labels == 1].flatten(0, 1)                       # (B1 * K, d)
-        queue.push(genuine, manipulated)
-
-
-def cosines(z, labels):
-    """Mean cosine of patches (A, d) within and between the classes of labels (A,)."""
-    z = F.normalize(z, dim=-1)                                                 # (A, d)
-    cosine = z @ z.T                                                           # (A, A)
-    same = labels[:, None] == labels                                           # (A, A)
-    itself = torch.eye(len(z), dtype=torch.bool)                               # (A, A)
-    return cosine[same & ~itself].mean().item(), cosine[~same].mean().item()
 
 
 def demo():
     """Eight pictures of 16 patches: what is selected, and what the loss does to their features."""
     torch.manual_seed(0)
-    labels = torch.tensor([0, 1] * 4)
+    labels = torch.arange(8) % 2
     edges = torch.rand(8, 16)
     logits = torch.randn(8, 16)
     most, least = select(edges, logits, share=0.5, top=2)
-    print("8 pictures of 16 patches. Of each, the 8 strongest edges are edge patches; of these the\n"
-          "2 that look most manipulated and the 2 that look least so are taken:")
-    for label, a, b in list(zip(labels.tolist(), most.tolist(), least.tolist()))[:4]:
-        kind = "manipulated" if label else "genuine"
-        print(f"    {kind:11}  most {a}  least {b}")
+    print("8 pictures of 16 patches. Of each, the 8 with the strongest edges are edge patches; of\n"
+          "these the 2 that look most manipulated and the 2 that look least so are contrasted:")
+    for label, top, bottom in zip(labels[:4], most.tolist(), least.tolist()):
+        print(f"    label {label}   most {top}   least {bottom}")
 
-    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.1, share=0.5, top=2)
+    # warmer than in training: a cold loss is content with one near key of the class
+    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.5, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z], lr=0.05)
+    classes = labels.repeat_interleave(2)                                      # (B * K,)
+    different = classes[:, None] != classes                                    # (B * K, B * K)
+    pairs = ~torch.eye(len(classes), dtype=torch.bool)                         # none with itself
+    print("Mean cosine of those that look most manipulated, behind the head, at temperature 0.5:")
+
     for step in range(61):
         loss = hecl([z], edges, logits, labels)
         if step % 20 == 0:
-            chosen = z.gather(1, most[..., None].expand(-1, -1, 8)).flatten(0, 1)  # (A, D)
-            within, between = cosines(hecl.heads[0](chosen), labels.repeat_interleave(2))
-            print(f"step {step:2}  loss {loss.item():.3f}   cosines of the most manipulated-looking: "
-                  f"{within:+.2f} within a class, {between:+.2f} between the classes")
+            patches = z.take_along_dim(most[..., None], dim=1)                 # (B, K, D)
+            anchors = F.normalize(hecl.heads[0](patches), dim=-1)              # (B, K, d)
+            anchors = anchors.flatten(0, 1)                                    # (B * K, d)
+            cosine = anchors @ anchors.T                                       # (B * K, B * K)
+            within = cosine[pairs & ~different].mean()
+            between = cosine[different].mean()
+            print(f"    step {step:2}   loss {loss:.3f}   within a class {within:+.2f}   "
+                  f"between the classes {between:+.2f}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    queue = hecl.queues[0]
-    print(f"each queue keeps the last {queue.length} patches of its class; next place: "
-          f"{int(queue.head)}")
 
 
 if __name__ == "__main__":

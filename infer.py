@@ -13,10 +13,12 @@ import datetime
 import glob
 import html
 import io
+import itertools
 import json
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -32,7 +34,8 @@ import ecpl
 
 BATCH = 8                  # windows a forward pass
 MIN_SIDE = 16              # pixels: less has nothing to compare
-CAUTION = "A score is not a proof: genuine pictures are called manipulated too. Never decide by it alone."
+CAUTION = ("A score is not a proof: genuine pictures are called manipulated too. "
+           "Never decide by it alone.")
 SHIPPED = "The shipped model is a small demonstration. "
 
 
@@ -67,15 +70,16 @@ class SAPL(ecpl.SAPL):
     def patch_logits(self, image):
         """image (3, H', W') -> (h, w) on the CPU: the mean over overlapping windows [ours].
 
-        A tower that was trained on small pictures does not know what to attend to in large ones. A
-        window is config["window"] pixels long; 0: the whole image.
+        A tower trained on small pictures does not know what to attend to in large ones. A window
+        has config["window"] pixels a side; 0: the whole image.
         """
         p = self.cell
         _, H, W = image.shape
         h, w = H // p, W // p
         size = self.config["window"] // p or max(h, w)
-        rows, columns = min(size, h), min(size, w)                    # of a window
-        corners = [(top, left) for top in starts(h, rows) for left in starts(w, columns)]
+        rows = min(size, h)                                           # of a window
+        columns = min(size, w)
+        corners = list(itertools.product(starts(h, rows), starts(w, columns)))
 
         total = torch.zeros(h, w)
         times = torch.zeros(h, w)
@@ -94,16 +98,17 @@ class SAPL(ecpl.SAPL):
     def logits_of(self, picture, raw=False):
         """PIL RGB -> logits of the map (H, W) and of the score (), before calibration.
 
-        raw: the map as the network gives it, not closed, filled and smoothed. Raises ValueError
-        for pictures that are too small and for answers that are no numbers.
+        raw: the map as the network gives it, not closed, filled and smoothed. Raises ValueError.
         """
         if min(picture.size) < MIN_SIDE:
             raise ValueError(f"found {picture.width} x {picture.height} pixels, expected at least "
                              f"{MIN_SIDE} a side: there is nothing to compare in it")
+
         grid = self.patch_logits(self.view(picture))                  # (h, w)
         if not torch.isfinite(grid).all():
             raise ValueError("found an answer that is not a number, expected numbers: the "
                              "checkpoint is damaged, or try --precision fp32")
+
         score = ecpl.pool_score(grid.flatten()[None], self.config["rho"])[0]      # ()
         if not raw:
             radius = max(1, 16 // self.cell)                          # ours: about 40 pixels
@@ -113,20 +118,17 @@ class SAPL(ecpl.SAPL):
         return map, score
 
     def localize(self, source, raw=False):
-        """Is a picture manipulated, and where -> Result.
-
-        source: a path, a PIL image or an array (H, W, 3) uint8. Raises ValueError (data.BadPicture
-        for a file that cannot be read).
-        """
+        """A path, a PIL image or an array (H, W, 3) uint8 -> Result. Raises ValueError
+        (data.BadPicture for a file that cannot be read)."""
         if isinstance(source, (str, Path)):
-            picture = data.open_image(source)
+            source = data.open_image(source)
         elif isinstance(source, np.ndarray):
-            picture = data.to_rgb(Image.fromarray(source))
-        else:
-            picture = data.to_rgb(source)
-        map, score = self.logits_of(picture, raw)
+            source = Image.fromarray(source)
+
+        map, score = self.logits_of(data.to_rgb(source), raw)
         map = (map - self.map_shift.cpu()).sigmoid().numpy()          # (H, W)
         score = (score - self.score_shift.cpu()).sigmoid().item()
+
         mask = map > 0.5                                              # (H, W)
         decision = "manipulated" if score > 0.5 else "genuine"
         return Result(map, mask, score, decision, float(mask.mean()))
@@ -134,12 +136,18 @@ class SAPL(ecpl.SAPL):
 
 # ------------------------------------------------------------------------- what people look at
 
+def to_grey(map):
+    """(H, W) in [0, 1] -> PIL L image."""
+    return Image.fromarray((255 * map + 0.5).astype(np.uint8))
+
+
 def tint(grey):
     """PIL L image of the map -> RGB from orange at 0.5 to red and violet at 1."""
-    low, high = np.array([255, 170, 0]), np.array([190, 0, 110])
-    share = np.clip(np.arange(256) / 127.5 - 1, 0, 1)[:, None]        # (256, 1): 0 up to 0.5
-    palette = (low + share * (high - low)).round().astype(int)        # (256, 3)
-    return Image.merge("RGB", [grey.point(palette[:, k].tolist()) for k in range(3)])
+    channels = []
+    for low, high in ((255, 190), (170, 0), (0, 110)):                # red, green, blue
+        palette = np.interp(range(256), (127.5, 255), (low, high))    # (256,): constant up to 0.5
+        channels.append(grey.point(palette.round().astype(int).tolist()))
+    return Image.merge("RGB", channels)
 
 
 def legend(width, size, result):
@@ -150,14 +158,12 @@ def legend(width, size, result):
     text = f"{result.decision}, score {result.score:.2f}, {result.area:.0%} marked"
     draw.text((size, size), text, fill="black", font=font, anchor="lm")
 
-    scale = Image.linear_gradient("L").rotate(90).resize((8 * size, size))        # 0 .. 255
-    scale = scale.point([128 + value // 2 for value in range(256)])   # 0.5 .. 1
-    strip.paste(tint(scale), (size, 2 * size))
-    for place, tick in ((0, "0.5"), (0.5, "0.75"), (1, "1")):
-        x = size + 8 * size * place
+    scale = np.tile(np.linspace(0.5, 1, 8 * size), (size, 1))
+    strip.paste(tint(to_grey(scale)), (size, 2 * size))
+    small = ImageFont.load_default(0.8 * size)
+    for x, tick in ((size, "0.5"), (5 * size, "0.75"), (9 * size, "1")):
         draw.line((x, 2 * size, x, 3 * size), fill="black")
-        draw.text((x, 3.5 * size), tick, fill="black", font=ImageFont.load_default(0.8 * size),
-                  anchor="mm")
+        draw.text((x, 3.5 * size), tick, fill="black", font=small, anchor="mm")
     draw.text((10 * size, 2.5 * size), "map, above 0.5", fill="black", font=font, anchor="lm")
     return strip
 
@@ -165,9 +171,9 @@ def legend(width, size, result):
 def overlay(picture, result):
     """The picture, tinted and outlined where the map lies above 0.5, a legend below -> PIL RGB."""
     W, H = picture.size
-    heat = to_grey(result.map)
+    colours = tint(to_grey(result.map))
     mask = Image.fromarray(result.mask).convert("L")
-    canvas = Image.composite(tint(heat), picture, mask.point(lambda value: 0.45 * value))
+    canvas = Image.composite(colours, picture, mask.point(lambda value: 0.45 * value))
 
     # a contour that shows on dark and on bright: white, with black around it
     thickness = max(W, H) // 800 + 1
@@ -175,6 +181,7 @@ def overlay(picture, result):
         soft = mask.filter(ImageFilter.BoxBlur(reach))
         line = soft.point([255 if 0 < value < 255 else 0 for value in range(256)])
         canvas.paste(colour, mask=line)
+
     size = max(10, W // 40)                                           # height of the letters
     if W < 22 * size:                                                 # no room for words
         return canvas
@@ -182,11 +189,6 @@ def overlay(picture, result):
     sheet.paste(canvas)
     sheet.paste(legend(W, size, result), (0, H))
     return sheet
-
-
-def to_grey(map):
-    """(H, W) in [0, 1] -> PIL L image."""
-    return Image.fromarray((255 * map + 0.5).astype(np.uint8))
 
 
 def thumbnail(path):
@@ -215,20 +217,19 @@ def write_report(out, rows, names, checkpoint):
     caution = SHIPPED + CAUTION if checkpoint == clip.TINY else CAUTION
     done = [row for row in rows if not row["error"]]
     failed = [row for row in rows if row["error"]]
-    manipulated = [row for row in done if row["decision"] == "manipulated"]
-    parts = [REPORT, f"<p>Pictures: {len(done)}, {len(manipulated)} called manipulated"
-             f"{f', {len(failed)} failed' if failed else ''}. Model: {html.escape(model)}. "
-             f"{datetime.date.today()}.</p><p><b>{caution}</b> Outlined and tinted, orange (0.5) "
-             "to violet (1): where the map lies above 0.5. Sorted by score.</p><main>\n"]
+    count = Counter(row["decision"] for row in done)
+    parts = [REPORT, f"<p>Pictures: {len(done)}, {count['manipulated']} called manipulated, "
+             f"{len(failed)} failed. Model: {html.escape(model)}. {datetime.date.today()}.</p>"
+             f"<p><b>{caution}</b> Outlined and tinted, orange (0.5) to violet (1): where the map "
+             "lies above 0.5. Sorted by score.</p><main>\n"]
+
     for row in sorted(done, key=lambda row: -float(row["score"])):
-        name = names[row["path"]]
-        file = out / f"{name}_overlay.png"
+        file = out / f"{names[row['path']]}_overlay.png"
         image = thumbnail(file) if file.exists() else "(its overlay was removed) "
-        label = html.escape(row["path"])
         parts.append(f'<figure><a href="{quote(file.name)}">{image}</a>'
                      f'<b class="{row["decision"]}">{row["decision"]}</b>, score '
-                     f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>{label}'
-                     '</figure>\n')
+                     f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>'
+                     f'{html.escape(row["path"])}</figure>\n')
     for row in failed:
         parts.append(f"<figure>{html.escape(row['path'])}: {html.escape(row['error'])}</figure>\n")
     (out / "report.html").write_text("".join(parts), encoding="utf-8")
@@ -240,28 +241,28 @@ FIELDS = ("path", "decision", "score", "area", "width", "height", "seconds", "er
 
 
 def collect(arguments, out):
-    """Files, folders, globs, "-" (a list on standard input) -> paths, each once; ValueError if
-    there is nothing. What lies in the folder `out` is left out of folders."""
+    """Files, folders, globs, "-" (a list on standard input) -> paths, each once, none in `out`."""
     words = []
     for argument in arguments:
-        lines = sys.stdin.read().splitlines() if argument == "-" else [argument]
-        words += [line for line in lines if line.strip()]             # "" would be this folder
+        words += sys.stdin.read().splitlines() if argument == "-" else [argument]
 
     paths = []
     endings = set()                                  # of what is no picture
     for word in words:
-        if Path(word).is_dir():
-            for path in sorted(Path(word).rglob("*")):
-                hidden = path.name.startswith(".")
-                ours = out.resolve() in path.resolve().parents
-                if path.suffix.lower() not in data.EXTENSIONS:
-                    endings.add(path.suffix)
-                elif not hidden and not ours:
-                    paths.append(path)
-        elif Path(word).exists():
-            paths.append(Path(word))
-        else:
-            paths += [Path(path) for path in sorted(glob.glob(word, recursive=True))] or [Path(word)]
+        if not word.strip():                         # it would be this folder
+            continue
+        if not Path(word).is_dir():
+            found = [] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
+            paths += map(Path, found or [word])
+            continue
+        for path in sorted(Path(word).rglob("*")):
+            hidden = path.name.startswith(".")
+            ours = out.resolve() in path.resolve().parents
+            if path.suffix.lower() not in data.EXTENSIONS:
+                endings.add(path.suffix)
+            elif not hidden and not ours:
+                paths.append(path)
+
     if not any(path.exists() for path in paths):
         endings = ", ".join(sorted(endings - {""})) or "nothing known"
         raise ValueError(f"found no picture at {' '.join(words) or '-'} ({endings}), expected "
@@ -275,10 +276,11 @@ def names_for(paths):
     taken = set()
     for path in paths:
         stem = Path(path).stem
-        name, number = stem, 2
+        name = stem
+        number = 1
         while name.lower() in taken:
-            name = f"{stem}~{number}"
             number += 1
+            name = f"{stem}~{number}"
         taken.add(name.lower())
         names[str(path)] = name
     return names
@@ -296,13 +298,6 @@ def read_rows(file):
         return {row["path"]: row for row in reader}
 
 
-def write_rows(file, rows):
-    with open(file, "w", newline="", encoding="utf-8") as lines:
-        writer = csv.DictWriter(lines, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def answer(model, path, out, name, raw):
     """Localize one picture and write its map, mask and overlay -> its row."""
     row = dict.fromkeys(FIELDS) | {"path": str(path)}
@@ -311,6 +306,7 @@ def answer(model, path, out, name, raw):
         picture = data.open_image(path)
         result = model.localize(picture, raw)
         row["seconds"] = round(time.time() - began, 3)
+
         to_grey(result.map).save(out / f"{name}_map.png", compress_level=1)
         Image.fromarray(result.mask).convert("L").save(out / f"{name}_mask.png")
         overlay(picture, result).save(out / f"{name}_overlay.png", compress_level=1)
@@ -329,7 +325,8 @@ def run(model, args):
         raise ValueError(f"found a file, {out}, expected a folder: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "results.csv")            # of an earlier run: they stay
-    names = names_for([*rows, *[path for path in map(str, paths) if path not in rows]])
+    names = names_for(dict.fromkeys([*rows, *map(str, paths)]))
+
     failed = 0
     try:
         for path in paths:
@@ -345,10 +342,12 @@ def run(model, args):
                 print(f"{path}  {row['decision']}  score {row['score']:.2f}  {row['area']:.0%} "
                       f"marked  -> {out / name}_overlay.png", flush=True)
     finally:                                         # Ctrl-C too: what is done is kept
-        write_rows(out / "results.csv", rows.values())
-        text = [{key: "" if value is None else str(value) for key, value in row.items()}
-                for row in rows.values()]
-        write_report(out, text, names, args.checkpoint or clip.TINY)
+        with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows.values())
+        write_report(out, rows.values(), names, args.checkpoint or clip.TINY)
+
     print(f"{len(paths) - failed} of {len(paths)} pictures done: {out / 'report.html'}, "
           f"{out / 'results.csv'}", file=sys.stderr)
     return 1 if failed else 0
@@ -361,16 +360,13 @@ def parse(arguments=None):
     parser.add_argument("paths", nargs="+", metavar="PATH",
                         help="files, folders, globs, - for a list on standard input")
     parser.add_argument("--checkpoint", metavar="FILE",
-                        help="file that train.py wrote (default: the shipped weights/tiny.pt)")
-    parser.add_argument("--out", metavar="DIR", default="out",
-                        help="folder for maps, masks, overlays, results.csv, report.html "
-                             "(default out)")
+                        help="of train.py (default: the shipped weights/tiny.pt)")
+    parser.add_argument("--out", metavar="DIR", default="out", help="(default out)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--raw", action="store_true",
-                        help="the map before it is closed, filled and smoothed")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    parser.add_argument("--raw", action="store_true", help="a map that is not closed and smoothed")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="of matrix products (default auto: bf16 where the hardware has it)")
+                        help="auto: bf16 where the hardware has it")
     return parser.parse_args(arguments)
 
 

@@ -6,14 +6,15 @@
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
 Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv, curves.png.
-Reading order: settings -> pictures -> model -> loss -> validation -> the loop (`train`).
-Shapes: B pictures, N = h * w patches.
+Reading order: settings, pictures, model, loss, validation and log, state of a run, loop (`train`).
 """
 import argparse
 import csv
 import dataclasses
 import math
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,8 +41,8 @@ from weights import synthesis
 
 def option(default, text, choices=None, least=None, most=None):
     """A setting: its default, its help text and the values that it may have."""
-    limits = {"help": text, "choices": choices, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata=limits)
+    metadata = {"help": text, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -54,8 +55,7 @@ class Config:
     # pictures
     size: int = option(128, "side of the training crops, pixels", least=16)
     count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine", least=2)
-    val: float = option(0.15, "share of the training pictures held out to choose and calibrate",
-                        least=0.01, most=0.9)
+    val: float = option(0.15, "share held out to choose and calibrate", least=0.01, most=0.9)
     # model
     clip: str = option("tiny", "start: tiny (the shipped SAPL), ViT-B/32, ViT-B/16, ViT-L/14, "
                                "ViT-L/14@336px, a file of CLIP weights, or a checkpoint of SAPL")
@@ -64,35 +64,29 @@ class Config:
     rho: float = option(0.1, "share of the patches that make the image score", least=0, most=1)
     zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")
     max_side: int = option(512, "longest side of a picture at inference, pixels", least=16)
-    window: int = option(256, "judge pictures in windows of this side, pixels; 0 = as a whole",
-                         least=0)
+    window: int = option(256, "side of the windows to judge in, pixels; 0 = as a whole", least=0)
     tune: str = option("lora", "what of CLIP is trained", ("lora", "full", "none"))
     lora_rank: int = option(8, "rank of LoRA", least=1)
-    lora_share: float = option(0.25, "share of the tower's blocks that get LoRA, the last ones",
-                               least=0, most=1)
+    lora_share: float = option(0.25, "share of the blocks with LoRA, the last", least=0, most=1)
     # loss
     hecl: float = option(0.1, "weight of the edge contrastive loss; 0 = off", least=0)
-    hecl_queue: int = option(1024, "features a class and depth in its queues; 0 = the batch alone",
-                             least=0)
+    hecl_queue: int = option(1024, "features in each of its queues; 0 = the batch alone", least=0)
     hecl_tau: float = option(0.1, "its temperature", least=0.001)
-    hecl_share: float = option(0.4, "share of a picture's patches that count as edge patches",
-                               least=0, most=1)
+    hecl_share: float = option(0.4, "share of the patches that are edge patches", least=0, most=1)
     hecl_top: int = option(4, "edge patches of a kind taken of a picture", least=1)
     # training
     epochs: int = option(10, "passes over the training pictures", least=1)
     batch: int = option(32, "pictures a step, of all processes and parts together", least=2)
     accumulate: int = option(1, "parts in which a batch is computed, to save memory", least=1)
-    lr: float = option(5e-4, "learning rate; of CLIP's own weights, with --tune full, a fifth",
-                       least=0)
+    lr: float = option(5e-4, "learning rate; with --tune full a fifth of it for CLIP", least=0)
     seed: int = option(0, "of everything random", least=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    precision: str = option("auto", "of matrix products; auto: bf16 where the hardware has it",
-                            ("auto", "bf16", "fp32"))
+    precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "bf16", "fp32"))
     workers: int = option(2, "processes that load pictures, for each training process", least=0)
 
 
 MODEL = ("levels", "context", "rho", "zoom", "max_side", "window")   # a SAPL checkpoint has its own
-FREE = ("out", "resume", "epochs", "device", "workers")              # may change on --resume
+FREE = ("out", "resume", "epochs", "accumulate", "device", "workers")  # may change on --resume
 WARMUP = 0.05            # ours: share of the training in which learning rate and HECL rise from 0
 SAVE_EVERY = 600         # seconds between two saves within an epoch
 
@@ -102,10 +96,7 @@ def flag(name):
 
 
 def parse(arguments=None):
-    """Command line, or a list of words -> {setting: value} of those that are given.
-
-    Exits with status 2 on what it does not know.
-    """
+    """Words of the command line -> {setting: value} of those given; exits with 2 on others."""
     parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      description=__doc__.split("\n\n")[0])
@@ -114,15 +105,13 @@ def parse(arguments=None):
         text = field.metadata["help"]
         if field.default not in ("", (), False):
             text += f" (default {field.default})"
+
         if field.type is bool:
             parser.add_argument(name, action="store_true", help=text)
         elif field.type == list[int]:
             parser.add_argument(name, nargs="+", type=int, metavar="N", help=text)
         else:
-            metavar = {str: "TEXT", int: "N", float: "X"}[field.type]
-            choices = field.metadata["choices"]
-            parser.add_argument(name, type=field.type, choices=choices, help=text,
-                                metavar=None if choices else metavar)
+            parser.add_argument(name, type=field.type, choices=field.metadata["choices"], help=text)
     return vars(parser.parse_args(arguments))
 
 
@@ -130,7 +119,8 @@ def check(config, given):
     """Raise ValueError for a setting that makes no sense, or that would be ignored."""
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        least, most = field.metadata["least"], field.metadata["most"]
+        least = field.metadata["least"]
+        most = field.metadata["most"]
         if least is not None and not value >= least:
             raise ValueError(f"found {flag(field.name)} {value}, expected at least {least}")
         if most is not None and not value <= most:
@@ -160,6 +150,7 @@ def read_pictures(config):
         pictures = [p._replace(label=0) for p in pictures if p.label != 1]
     else:
         pictures = [p for p in pictures if p.label is not None]
+
     for problem in report.problems:
         if config.data or problem.startswith("bad file"):
             print(f"note: {problem}", file=sys.stderr)
@@ -176,24 +167,23 @@ def read_pictures(config):
 
 def make_sets(config, train, val):
     """Training and validation set of these pictures: paths and labels only, no way to a mask."""
+    common = {"size": config.size, "seed": config.seed}
     if config.data:
-        pairs = [[(p.path, p.label) for p in part] for part in (train, val)]
-        return (data.TrainingSet(pairs[0], size=config.size, seed=config.seed),
-                data.TrainingSet(pairs[1], size=config.size, seed=config.seed, augment=False))
+        train = [(p.path, p.label) for p in train]
+        val = [(p.path, p.label) for p in val]
+        return data.TrainingSet(train, **common), data.TrainingSet(val, augment=False, **common)
+
+    train = [p.path for p in train]
+    val = [p.path for p in val]
     count = config.count // 2 * 2
     few = max(32, min(512, int(config.val * count) // 2 * 2))
-    return (synthesis.PairSet([p.path for p in train], size=config.size, count=count,
-                              seed=config.seed),
-            synthesis.PairSet([p.path for p in val], size=config.size, count=few,
-                              seed=config.seed))
+    return (synthesis.PairSet(train, count=count, **common),
+            synthesis.PairSet(val, count=few, **common))
 
 
 def batches(labels, config, epoch):
-    """The order of an epoch, from (seed, epoch) alone: indices (steps, batch).
-
-    Each class is spread evenly, so that every batch has both. The two of a synthetic pair lie in
-    one batch.
-    """
+    """The order of an epoch, from (seed, epoch) alone: indices (steps, batch). Each class is spread
+    evenly, so that every batch has both; the two of a synthetic pair lie in one batch."""
     rng = np.random.default_rng((config.seed, epoch))
     if config.synthesize:
         pairs = rng.permutation(len(labels) // 2)
@@ -204,6 +194,7 @@ def batches(labels, config, epoch):
             members = rng.permutation(np.flatnonzero(np.array(labels) == label))
             place[members] = (np.arange(len(members)) + rng.random()) / len(members)
         order = place.argsort()
+
     steps = len(order) // config.batch
     return order[:steps * config.batch].reshape(steps, config.batch)
 
@@ -215,11 +206,14 @@ def live_with(parent):
 
 
 def own_session(worker):
-    """Loader processes leave the terminal's group: Ctrl-C there is for the training alone. They end
-    when it ends, even by kill -9."""
-    if hasattr(os, "setsid"):
+    """Of a loader process: Ctrl-C is not for it, it ends with the training, even by kill -9, and
+    when all are told to end it goes on for 5 seconds, so that the training can save first."""
+    if hasattr(os, "setsid"):                            # not on Windows
         os.setsid()
-    threading.Thread(target=live_with, args=(os.getppid(),), daemon=True).start()
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=live_with, args=(parent,), daemon=True).start()
 
 
 def load(dataset, plan, config):
@@ -238,7 +232,9 @@ def is_sapl(name):
         return False
     try:
         ecpl.load_checkpoint(name)
-    except ValueError:
+    except ValueError as error:
+        if "another version" in str(error):
+            raise
         return False
     return True
 
@@ -247,6 +243,7 @@ def make_model(config, given):
     """A new SAPL around a CLIP, or, from a checkpoint of SAPL, that one with --tune's weights."""
     torch.manual_seed(config.seed)
     settings = dataclasses.asdict(config)
+
     if not is_sapl(config.clip):
         tower = clip.load(config.clip)
         depth = len(tower.visual.transformer.resblocks)
@@ -260,6 +257,7 @@ def make_model(config, given):
             raise ValueError(f"found {flag(name)}, but --clip {config.clip} keeps its own "
                              f"({old.config[name]}): leave it out, or start from a CLIP")
         settings[name] = old.config[name]
+
     settings["clip"] = old.clip.name = "tuned " + old.clip.name.removeprefix("tuned ")
     model = ecpl.SAPL(old.clip, settings)
     own = {key: x for key, x in old.state_dict().items() if not ecpl.is_backbone(key)}
@@ -271,36 +269,40 @@ def make_model(config, given):
 
 def parameter_groups(model, hecl, config):
     """AdamW's groups: CLIP's own weights learn slower, matrices decay."""
-    named = [*model.named_parameters(), *hecl.named_parameters("hecl")]
-    groups = []
-    for backbone in (False, True):
-        for matrix in (False, True):
-            chosen = [p for name, p in named if p.requires_grad and (p.ndim > 1) == matrix
-                      and ecpl.is_backbone(name) == backbone]
-            lr = config.lr / 5 if backbone else config.lr
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "full_lr": lr,
-                               "weight_decay": 0.02 if matrix else 0.0})         # ours
-    return groups
+    groups = {}
+    for name, p in [*model.named_parameters(), *hecl.named_parameters("hecl")]:
+        if p.requires_grad:
+            kind = (ecpl.is_backbone(name), p.ndim > 1)
+            groups.setdefault(kind, {"params": []})["params"].append(p)
 
+    for (backbone, matrix), group in groups.items():
+        group["full_lr"] = config.lr / 5 if backbone else config.lr
+        group["weight_decay"] = 0.02 if matrix else 0.0                          # ours
+    return [groups[kind] for kind in sorted(groups)]
+
+
+# ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
     """The model with its losses: image-level cross-entropy + weight * HECL."""
 
     def __init__(self, model, hecl, weight, balance):
         super().__init__()
-        self.model, self.hecl, self.weight = model, hecl, weight
+        self.model = model
+        self.hecl = hecl
+        self.weight = weight
         self.register_buffer("balance", torch.tensor(balance))    # both classes weigh the same
 
     def forward(self, image, labels, ramp):
-        """image (B, 3, H, W) in [0, 1], labels (B,), ramp of HECL in [0, 1] -> losses (3,): the
-        sum, cross-entropy, HECL."""
+        """image (B, 3, H, W) in [0, 1], labels (B,), ramp of HECL -> (3,): sum, entropy, HECL."""
         output = self.model(image)
+
         entropy = F.binary_cross_entropy_with_logits(output.score.float(), labels.float(),
                                                      pos_weight=self.balance)
         contrast = 0 * entropy
         if self.weight > 0:
             contrast = self.hecl(output.depths, output.edges, output.logits.flatten(1), labels)
+
         return torch.stack([entropy + ramp * self.weight * contrast, entropy, contrast])
 
 
@@ -308,32 +310,27 @@ class Objective(nn.Module):
 
 def auc(values, labels):
     """Chance that a value of label 1 lies above one of label 0, ties half: arrays (n,)."""
-    positive, negative = values[labels == 1], values[labels == 0]
-    above = (positive[:, None] > negative).mean()
-    equal = (positive[:, None] == negative).mean()
-    return float(above + equal / 2)
+    differences = values[labels == 1][:, None] - values[labels == 0]
+    return float(0.5 + np.sign(differences).mean() / 2)
 
 
 @torch.no_grad()
 def validate(run, dataset, stop):
     """Loss and image AUC on held-out pictures by their labels, and how high their maps lie; None
     if the training is told to stop (several processes finish it first)."""
-    model = run.model
     plan = [part.tolist() for part in torch.arange(len(dataset)).split(run.config.batch)]
-    labels, scores, means = [], [], []
-    model.eval()
+    found = []
+    run.model.eval()
     for image, label, _ in load(dataset, plan, run.config):
         if stop.number and run.world == 1:
             return None
-        with model.autocast():
-            output = model(image.to(run.device))
-        labels.append(label)
-        scores.append(output.score.float().cpu())                                # (B,)
-        means.append(output.logits.float().sigmoid().mean(dim=(1, 2)).cpu())     # (B,)
-    model.train()
-    labels = torch.cat(labels).numpy()                                           # (n,)
-    scores = torch.cat(scores).numpy()
-    means = torch.cat(means).numpy()
+        with run.model.autocast():
+            output = run.model(image.to(run.device))
+        mean = output.logits.float().sigmoid().mean(dim=(1, 2))                  # (B,)
+        found.append(torch.stack([label.float(), output.score.float().cpu(), mean.cpu()]))
+    run.model.train()
+
+    labels, scores, means = torch.cat(found, dim=1).numpy()                      # each (n,)
     losses = np.logaddexp(0, np.where(labels == 1, -scores, scores))
     return {"val_loss": float(losses.mean()), "val_auc": auc(scores, labels),
             "map_genuine": float(means[labels == 0].mean()),
@@ -355,14 +352,19 @@ def curves(history):
     """A strip for each number over the epochs, with its scale; the best epoch is marked."""
     keys = ("loss", "hecl", "val_loss", "val_auc", "map_genuine", "map_manipulated")
     best = history.index(best_of(history))
-    left, right, height = 70, 620, 110
+    left = 70
+    right = 620
+    height = 110
     image = Image.new("RGB", (660, height * len(keys) + 30), "white")
     draw = ImageDraw.Draw(image)
     x = np.linspace(left, right, len(history))
+
     for i, key in enumerate(keys):
         values = np.array([row[key] for row in history])                         # (epochs,)
-        low, high = values.min(), values.max()
-        top, bottom = height * i + 24, height * i + 100
+        low = values.min()
+        high = values.max()
+        top = height * i + 24
+        bottom = height * i + 100
         y = bottom - (values - low) / max(high - low, 1e-9) * (bottom - top)     # (epochs,)
         draw.text((left, top - 16), key, "black")
         draw.text((8, top - 4), f"{high:.3f}", "black")
@@ -370,8 +372,9 @@ def curves(history):
         draw.rectangle((left, top, right, bottom), outline="#bbb")
         draw.line((x[best], top, x[best], bottom), "#c60")
         draw.line([*zip(x, y)], "blue", width=2)
-    draw.text((left, image.height - 24), f"epochs 1 to {len(history)}; orange: the best by val_auc, "
-              f"{best + 1}", "black")
+
+    draw.text((left, image.height - 24), f"epochs 1 to {len(history)}, orange: the best by "
+              f"val_auc, {best + 1}", "black")
     return image
 
 
@@ -381,9 +384,10 @@ def best_of(history):
 
 
 def calibrate(model, genuine):
-    """Shift map and score of an infer.SAPL, so that at most 10 % of the pixels of these genuine
-    pictures, and at most 10 % of the pictures, lie above 0.5 [ours]. genuine: paths."""
-    pixels, scores = [], []
+    """Shift map and score of an infer.SAPL: of these genuine pictures (paths) at most 10 % of the
+    pixels, and at most 10 % of the pictures, lie above 0.5 then [ours]."""
+    pixels = []
+    scores = []
     for path in genuine:
         try:
             map, score = model.logits_of(data.open_image(path))
@@ -391,6 +395,7 @@ def calibrate(model, genuine):
             continue                             # too small to judge
         scores.append(score.item())
         pixels.append(np.quantile(map.numpy(), np.arange(1, 201) / 200, method="higher"))
+
     if len(scores) < 20:
         print(f"note: only {len(scores)} genuine pictures to calibrate on, so 0.5 is a rough guess",
               file=sys.stderr)
@@ -403,10 +408,8 @@ def calibrate(model, genuine):
 
 def newest(out, name="last.pt"):
     """The newest whole file of a run, or None. A kill can leave only the one before the last."""
-    for path in (Path(out, name), Path(out, name + ".previous")):
-        if path.is_file():
-            return path
-    return None
+    paths = (Path(out, name), Path(out, name + ".previous"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def settings_of(given):
@@ -416,6 +419,7 @@ def settings_of(given):
     for path in (out, *out.parents):
         if path.is_file():
             raise ValueError(f"found a file, {path}, expected a folder: choose another --out")
+
     last = newest(out)
     if not config.resume:
         if last:
@@ -423,18 +427,20 @@ def settings_of(given):
                              "choose another --out")
         check(config, given)
         return config, None
+
     if not last:
         raise ValueError(f"found no run in {out}, expected one for --resume: leave that out to "
                          "start, or name its --out")
 
     state = ecpl.load_checkpoint(last)
+    if "settings" not in state:
+        raise ValueError(f"found {last}, which holds no training, expected a run's: start anew")
     own = state["settings"]
     for name, value in given.items():
         if name not in FREE and value != own[name]:
             raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
                              "leave it out, or start anew")
-    free = {name: given[name] for name in FREE if name in given}
-    config = Config(**own | free)
+    config = Config(**own | given)
     check(config, ())
     refuse_finished(config, state)
     return config, state
@@ -448,8 +454,7 @@ def refuse_finished(config, state):
                          "epochs: put it back, or start anew")
     if state["epoch"] < config.epochs:
         return
-    calibrated = ecpl.load_checkpoint(best)["model"]["map_shift"] != 0
-    if calibrated:
+    if ecpl.load_checkpoint(best)["model"]["map_shift"] != 0:     # calibrated
         raise ValueError(f"found a finished run of {state['epoch']} epochs in {config.out}, "
                          f"expected work to do: use {best}, or train longer with --epochs "
                          f"{2 * state['epoch']}")
@@ -468,8 +473,8 @@ def connect(name):
 
 
 class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can end between two steps; another one, a second
-    later or more, ends the program at once. Use: `with Stop() as stop: .. if stop.number: ..`."""
+    """Within `with Stop() as stop`, SIGINT and SIGTERM only set stop.number: the loop ends between
+    two steps. Another one, a second later or more, ends the program at once."""
 
     def __enter__(self):
         self.number = 0
@@ -490,8 +495,6 @@ class Stop:
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------ loop
-
 class Run:
     """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
 
@@ -499,12 +502,14 @@ class Run:
         self.settings = dataclasses.asdict(config)       # as the user gave them
         self.config = config
         self.device, self.rank, self.world = connect(config.device)
+
         if state:
             self.model = ecpl.SAPL.load(newest(config.out), "cpu", merge=False)
         else:
             self.model = make_model(config, given)
         self.model = self.model.to(self.device).train()
         self.model.dtype = ecpl.pick_dtype(config.precision, self.device)
+
         D = self.model.clip.visual.proj.shape[1]
         self.hecl = HECL(levels=len(self.model.config["levels"]), width=D, dim=64,       # ours: 64
                          queue=config.hecl_queue, tau=config.hecl_tau, share=config.hecl_share,
@@ -512,8 +517,9 @@ class Run:
         groups = parameter_groups(self.model, self.hecl, config)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
 
-        self.epoch, self.step = 0, 0             # what is done: whole epochs, steps of this one
-        self.sums = [0.0] * 3                    # of the losses in this epoch
+        self.epoch = 0                           # whole epochs that are done
+        self.step = 0                            # steps of the next one
+        self.sums = [0.0, 0.0, 0.0]              # of the losses in this epoch
         self.history = []                        # one row an epoch
         self.saved = time.time()
         if state:
@@ -530,6 +536,19 @@ class Run:
                              hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
         self.saved = time.time()
 
+    def end_epoch(self, row):
+        """An epoch is over: its row, its weights if they are the best, the state, the log."""
+        self.history.append(row)
+        self.epoch += 1
+        self.step = 0
+        self.sums = [0.0, 0.0, 0.0]
+        if self.rank > 0:
+            return
+        if best_of(self.history) is row:
+            ecpl.save_checkpoint(Path(self.config.out, "best.pt"), self.model)
+        self.save()
+        log(self.history, self.config.out)
+
     def agree(self, values):
         """The mean of numbers over all processes, so that all decide alike -> list of floats."""
         values = torch.stack([torch.as_tensor(x, device=self.device).float() for x in values])
@@ -539,19 +558,19 @@ class Run:
 
 
 def fit(config, model, labels, world):
-    """The Config with a batch that its pictures fill, at this start; ValueError for sizes that do
-    not fit."""
+    """The Config with a batch that its pictures fill; ValueError for sizes that do not fit."""
     p = model.cell
     if config.size % p:
         raise ValueError(f"found --size {config.size}, expected a multiple of the patch, {p} "
                          f"pixels: try --size {max(p, config.size // p * p)}")
     if 0 < config.window < p:
-        raise ValueError(f"found --window {config.window}, expected at least the patch, {p} "
-                         "pixels, or 0")
+        raise ValueError(f"found --window {config.window}, expected 0 or at least the patch, {p}")
+
     blocks = len(model.clip.visual.transformer.resblocks)
-    if min(model.config["levels"]) < 1 or max(model.config["levels"]) > blocks:
-        raise ValueError(f"found --levels {model.config['levels']}, expected blocks from 1 to "
-                         f"{blocks}")
+    levels = model.config["levels"]
+    if min(levels) < 1 or max(levels) > blocks:
+        raise ValueError(f"found --levels {levels}, expected blocks from 1 to {blocks}")
+
     unit = math.lcm(2, config.accumulate * world)
     if config.batch % unit:
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2 and "
@@ -569,15 +588,19 @@ def announce(run, train_set, val_set):
     """Say what will be done: the data, and the settings that are not the defaults."""
     if run.rank > 0:
         return
-    changed = [f"{field.name} {getattr(run.config, field.name)}"
-               for field in dataclasses.fields(Config)
-               if getattr(run.config, field.name) != field.default]
+    usual = vars(Config())
+    changed = []
+    for name, value in vars(run.config).items():
+        if value != usual[name]:
+            changed.append(f"{name} {value}")
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{len(train_set)} pictures to train, {len(val_set)} to validate; {trained:,} weights to "
           f"train, {run.model.dtype} on {run.device} x {run.world}")
     print(f"not by default: {', '.join(changed)}")
     print(f"from epoch {run.epoch + 1}, step {run.step + 1}", flush=True)
 
+
+# ------------------------------------------------------------------------------------------ loop
 
 def learning_rate(done):
     """What of the full learning rate holds at a share `done` of the training."""
@@ -600,14 +623,17 @@ def backward(run, objective, loader, done):
 
 
 def train_epoch(run, objective, train_set, stop):
-    """The steps of an epoch that are left -> pictures per second."""
+    """The steps of an epoch that are left -> its mean losses and pictures per second."""
     config = run.config
     weights = [p for p in objective.parameters() if p.requires_grad]
+    began = time.time()
+
+    # this process's share of each part of each batch that is left
     train_set.epoch = run.epoch
     plan = batches(train_set.labels, config, run.epoch)                          # (steps, batch)
-    steps, first, began = len(plan), run.step, time.time()
-    # this process's share of each part of each batch
-    parts = plan[first:].reshape(-1, run.world, config.batch // config.accumulate // run.world)
+    steps = len(plan)
+    left = plan[run.step:]
+    parts = left.reshape(-1, run.world, config.batch // config.accumulate // run.world)
     loader = iter(load(train_set, parts[:, run.rank].tolist(), config))
 
     while run.step < steps:
@@ -620,6 +646,7 @@ def train_epoch(run, objective, train_set, stop):
             raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
                              f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr; "
                              f"the last good state is {newest(config.out) or 'not saved yet'}")
+
         # update
         for group in run.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate(done)
@@ -627,12 +654,13 @@ def train_epoch(run, objective, train_set, stop):
         run.optimizer.zero_grad()
         run.sums = [total + loss for total, loss in zip(run.sums, losses)]
         run.step += 1
+
         # save, stop
         if run.rank == 0 and time.time() - run.saved > SAVE_EVERY:
             run.save()
         if stopping:
             end_early(run, stop)
-    return (steps - first) * config.batch / (time.time() - began)
+    return [total / steps for total in run.sums], left.size / (time.time() - began)
 
 
 def end_early(run, stop):
@@ -656,7 +684,8 @@ def train(config, state=None, given=()):
     pictures, held_out = read_pictures(config)
     train_set, val_set = make_sets(config, pictures, held_out)
     labels = train_set.labels
-    run.config = config = fit(config, run.model, labels, run.world)
+    run.config = fit(config, run.model, labels, run.world)
+
     balance = labels.count(0) / labels.count(1)
     objective = Objective(run.model, run.hecl, config.hecl, balance).to(run.device)
     if run.world > 1:
@@ -665,23 +694,17 @@ def train(config, state=None, given=()):
 
     with Stop() as stop:
         while run.epoch < config.epochs:
-            began, steps = time.time(), len(batches(labels, config, run.epoch))
-            speed = train_epoch(run, objective, train_set, stop)
-            loss, entropy, contrast = [total / steps for total in run.sums]
+            began = time.time()
+            (loss, entropy, contrast), speed = train_epoch(run, objective, train_set, stop)
             row = {"epoch": run.epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
             row |= validate(run, val_set, stop) or end_early(run, stop)
             if not math.isfinite(row["val_loss"]):
                 raise ValueError(f"found a validation loss of {row['val_loss']} in epoch "
                                  f"{row['epoch']}, expected a number: lower --lr")
-            minutes = (time.time() - began) / 60
-            row |= {"pictures_per_s": speed, "minutes_left": (config.epochs - row["epoch"]) * minutes}
-            run.history.append(row)
-            run.epoch, run.step, run.sums = row["epoch"], 0, [0.0] * 3
-            if run.rank == 0:
-                if best_of(run.history) is row:
-                    ecpl.save_checkpoint(Path(config.out, "best.pt"), run.model)
-                run.save()
-                log(run.history, config.out)
+
+            row["pictures_per_s"] = speed
+            row["minutes_left"] = (config.epochs - row["epoch"]) * (time.time() - began) / 60
+            run.end_epoch(row)
     if run.rank == 0:
         finish(run, [picture.path for picture in held_out if picture.label == 0])
     return Path(config.out, "best.pt")
@@ -689,14 +712,15 @@ def train(config, state=None, given=()):
 
 def finish(run, genuine):
     """Calibrate best.pt on held-out genuine pictures and say what comes next."""
-    best = Path(run.config.out, "best.pt")
-    model = infer.SAPL.load(newest(run.config.out, "best.pt"), run.device, run.config.precision,
-                            merge=False)
+    config = run.config
+    best = Path(config.out, "best.pt")
+    kept = newest(config.out, best.name)
+    model = infer.SAPL.load(kept, run.device, config.precision, merge=False)
     calibrate(model, genuine)
     ecpl.save_checkpoint(best, model)
     row = best_of(run.history)
-    print(f"finished: the best is epoch {row['epoch']}, val_auc {row['val_auc']:.3f}; next: `python "
-          f"infer.py PICTURES --checkpoint {best}`", flush=True)
+    print(f"finished: the best is epoch {row['epoch']}, val_auc {row['val_auc']:.3f}; next: `"
+          f"python infer.py PICTURES --checkpoint {best}`", flush=True)
 
 
 def main(arguments=None):
@@ -716,18 +740,17 @@ def main(arguments=None):
         print("interrupted: what is saved is kept, --resume goes on from it", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if memory or "can't allocate memory" in str(error):
+        reason = (str(error) or "out of memory").splitlines()[0]
+        if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", reason):
             remedy = "lower --batch or --size, or --accumulate 2"
-        elif "DataLoader worker" in str(error):
+        elif reason.startswith("DataLoader worker"):
             remedy = "try fewer --workers"
         else:
             raise
-        reason = (str(error) or "out of memory").splitlines()[0]
         print(f"error: {reason}: {remedy}; --resume goes on from the last save", file=sys.stderr)
         return 1
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
