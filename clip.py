@@ -250,12 +250,14 @@ class Stem(nn.Sequential):
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
-        blur = pixels.new_tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16       # (3, 3)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)          # is faster
+        # Sums, not a convolution: autocast would round that to bfloat16, coarser than a grey level.
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        smooth = F.conv2d(padded, blur.expand(3, 1, 3, 3), groups=3)           # (B, 3, H, W)
-        residual = 8 * (pixels - smooth)         # ours: 8, so that noise counts and edges saturate
-        return super().forward(residual.tanh())
+        above, middle, below = padded.unfold(2, 3, 1).unbind(dim=-1)           # (B, 3, H, W+2) each
+        rows = above + 2 * middle + below                                      # (B, 3, H, W+2)
+        left, middle, right = rows.unfold(3, 3, 1).unbind(dim=-1)              # (B, 3, H, W) each
+        residual = pixels - (left + 2 * middle + right) / 16                   # (B, 3, H, W)
+        residual = (8 * residual).tanh()         # ours: 8, so that noise counts and edges saturate
+        return super().forward(residual.contiguous(memory_format=torch.channels_last))  # is faster
 
 
 class VisionTransformer(nn.Module):

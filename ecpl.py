@@ -437,6 +437,7 @@ def pick_dtype(precision, device):
 def demo(out="out/method.png"):
     """Every step on tests/forged.png, in numbers and as one row of pictures."""
     picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
+    picture = picture.crop((100, 0, 356, 256))                                 # a window of it
     image = torch.from_numpy(np.array(picture)) / 255                          # (H, W, 3)
     image = image.permute(2, 0, 1)[None]                                       # (1, 3, H, W)
     model = SAPL.load(device="cpu")
@@ -467,7 +468,7 @@ def demo(out="out/method.png"):
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i * (picture.width + 8), 0))
     Path(out).parent.mkdir(exist_ok=True)
-    sheet.resize((sheet.width // 2, sheet.height // 2)).save(out)
+    sheet.save(out)
     print(f"picture, soft edges, feature variation, map, mask: {out}")
 
 

@@ -385,12 +385,17 @@ def best_of(history):
 
 def calibrate(model, genuine):
     """Shift map and score of an infer.SAPL: of these genuine pictures (paths) at most 10 % of the
-    pixels, and at most 10 % of the pictures, lie above 0.5 then [ours]."""
+    pixels, and at most 10 % of the pictures, lie above 0.5 then [ours]. They are degraded as in
+    training, since pictures that people look at have been recompressed and resized."""
+    rng = np.random.default_rng(0)
     pixels = []
     scores = []
     for path in genuine:
         try:
-            map, score = model.logits_of(data.open_image(path))
+            picture = data.open_image(path)
+            scale = rng.uniform(0.5, 1.25)
+            size = (round(scale * picture.width), round(scale * picture.height))
+            map, score = model.logits_of(data.degrade(picture, size, rng))
         except ValueError:
             continue                             # too small to judge
         scores.append(score.item())
