@@ -383,19 +383,23 @@ def best_of(history):
     return max(history, key=lambda row: (row["val_auc"], -row["val_loss"]))
 
 
+def worn(path, rng):
+    """A picture as it may reach people, resized and degraded as in training -> PIL RGB."""
+    picture = data.open_image(path)
+    scale = rng.uniform(0.5, 1.25)
+    size = (round(scale * picture.width), round(scale * picture.height))
+    return data.degrade(picture, size, rng)
+
+
 def calibrate(model, genuine):
     """Shift map and score of an infer.SAPL: of these genuine pictures (paths) at most 10 % of the
-    pixels, and at most 10 % of the pictures, lie above 0.5 then [ours]. They are degraded as in
-    training, since pictures that people look at have been recompressed and resized."""
+    pixels, and at most 10 % of the pictures, lie above 0.5 then, when `worn` [ours]."""
     rng = np.random.default_rng(0)
     pixels = []
     scores = []
     for path in genuine:
         try:
-            picture = data.open_image(path)
-            scale = rng.uniform(0.5, 1.25)
-            size = (round(scale * picture.width), round(scale * picture.height))
-            map, score = model.logits_of(data.degrade(picture, size, rng))
+            map, score = model.logits_of(worn(path, rng))
         except ValueError:
             continue                             # too small to judge
         scores.append(score.item())

@@ -179,8 +179,8 @@ def train_all_disturbed(place):
             os.dup2(pipe, 1)
             os.dup2(pipe, 2)
             os.close(pipe)
-            if name == "head":                   # train.py .. | head -n 1
-                head = subprocess.Popen(["head", "-n", "1"], stdin=subprocess.PIPE)
+            if name == "head":                   # train.py .. | head -n 4
+                head = subprocess.Popen(["head", "-n", "4"], stdin=subprocess.PIPE)
                 os.dup2(head.stdin.fileno(), 1)
                 head.stdin.close()
             config = settings(place, name, epochs=1000, workers=2)
@@ -456,7 +456,8 @@ def test_one_in_ten_of_the_genuine_lies_above_one_half(reference):
     best = Path(reference.config.out, "best.pt")
     model = infer.SAPL.load(best, "cpu", "fp32", merge=False)
     _, held_out = train.read_pictures(reference.config)
-    found = [model.localize(p.path) for p in held_out if p.label == 0]
+    rng = np.random.default_rng(0)
+    found = [model.localize(train.worn(p.path, rng)) for p in held_out if p.label == 0]
     assert len(found) == 6
     assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.1
     scores = [result.score for result in found]
@@ -470,7 +471,8 @@ def test_enough_genuine_pictures_need_no_note(place, capsys):
     paths = [place / "set" / "au" / f"{i}.png" for i in range(20)]
     train.calibrate(model, paths)
     assert capsys.readouterr().err == ""
-    called = [model.localize(path).decision for path in paths]
+    rng = np.random.default_rng(0)
+    called = [model.localize(train.worn(path, rng)).decision for path in paths]
     assert called.count("manipulated") <= 2
     train.calibrate(model, paths[:19])
     assert "note: only 19 genuine pictures" in capsys.readouterr().err
@@ -896,7 +898,7 @@ def test_every_end_is_over_and_leaves_a_checkpoint(place, ends, name, status, wo
         assert ("Traceback" in said) == (name == "exception")
 
     config, state = train.settings_of({"out": str(place / name), "resume": True})
-    assert state["epoch"] == len(state["history"]) == 1
+    assert state["epoch"] == len(state["history"]) >= 1
     assert state["step"] == (1 if name in ("SIGINT", "SIGTERM") else 0)
     assert ecpl.SAPL.load(train.newest(config.out), "cpu").config["clip"] == config.clip
 
