@@ -566,8 +566,8 @@ class Run:
         return (values / self.world).tolist()
 
 
-def fit(config, model, labels, world):
-    """The Config with a batch that its pictures fill; ValueError for sizes that do not fit."""
+def check_sizes(config, model):
+    """Raise ValueError for sizes and levels that do not fit the model."""
     p = model.cell
     if config.size % p:
         raise ValueError(f"found --size {config.size}, expected a multiple of the patch, {p} "
@@ -580,6 +580,9 @@ def fit(config, model, labels, world):
     if min(levels) < 1 or max(levels) > blocks:
         raise ValueError(f"found --levels {levels}, expected blocks from 1 to {blocks}")
 
+
+def fit_batch(config, labels, world):
+    """The Config with a batch that its pictures fill; ValueError for one that does not fit."""
     unit = math.lcm(2, config.accumulate * world)
     if config.batch % unit:
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2 and "
@@ -690,10 +693,11 @@ def train(config, state=None, given=()):
     OSError with one line; after SIGINT or SIGTERM it saves and raises SystemExit 130 or 143.
     """
     run = Run(config, state, given)
+    check_sizes(config, run.model)
     pictures, held_out = read_pictures(config)
     train_set, val_set = make_sets(config, pictures, held_out)
     labels = train_set.labels
-    run.config = fit(config, run.model, labels, run.world)
+    run.config = fit_batch(config, labels, run.world)
 
     balance = labels.count(0) / labels.count(1)
     objective = Objective(run.model, run.hecl, config.hecl, balance).to(run.device)

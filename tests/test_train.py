@@ -829,7 +829,7 @@ def test_a_missing_class_is_named(place, capsys, folder, word):
 
 def test_size_below_the_patch():
     with pytest.raises(ValueError, match="try --size 32$"):
-        train.fit(Config(size=16), SimpleNamespace(cell=32), [0, 1] * 8, 1)
+        train.check_sizes(Config(size=16), SimpleNamespace(cell=32))
 
 
 @pytest.mark.parametrize("words, message", [
