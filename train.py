@@ -682,7 +682,7 @@ def end_early(run, stop):
         print(f"stopped and saved: go on with `python train.py --out {run.config.out} --resume`",
               flush=True)
     if run.world > 1:
-        dist.barrier()                           # none leaves while another still listens
+        time.sleep(1)                            # none leaves while another still listens
     raise SystemExit(128 + (stop.number or signal.SIGTERM))
 
 
