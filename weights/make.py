@@ -293,7 +293,7 @@ class Training:
 
     def make_optimizers(self, lr):
         """Muon (Jordan et al. 2024) for the matrices of the image tower's blocks, AdamW for all
-        else: ours, it distils in half the time."""
+        else. Ours: not compared with AdamW alone."""
         matrices = [p for p in self.model.visual.transformer.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in [*self.model.parameters(), *self.heads.parameters()]
