@@ -1,7 +1,7 @@
-"""The shipped model's CLIP, pretrained to read editing histories. Run by hand; goes on where it was.
+"""The shipped model's CLIP, pretrained to read editing histories. Run by hand; resumable.
 
     python weights/make.py --photos DIR [DIR ..] --out runs/tower [--teacher FILE] --minutes 360
-    python train.py --synthesize DIR --clip runs/tower/tower.pt       then SAPL, by image labels alone
+    python train.py --synthesize DIR --clip runs/tower/tower.pt     then SAPL, by image labels
 
 Pictures are pasted together from genuine photos; each part has an editing history of its own, told
 in words ("manipulated, splice, quality 60, blurred"). One picture then teaches hundreds of patches.
@@ -391,7 +391,8 @@ def main():
     parser.add_argument("--teacher", help="a CLIP to distil first, a name or file of clip.load")
     parser.add_argument("--distil-minutes", type=float, default=20,
                         help="processor minutes of stage 1")
-    parser.add_argument("--minutes", type=float, default=360, help="processor minutes of stage 2, over all starts")
+    parser.add_argument("--minutes", type=float, default=360,
+                        help="processor minutes of stage 2, over all starts")
     parser.add_argument("--lr-distil", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--histories-only", action="store_true", help="do not say what is pasted")
