@@ -181,7 +181,7 @@ class Depths(nn.Module):
         super().__init__()
         self.projections = nn.ModuleList([projection(Dv, D) for _ in range(levels)])
         for project in self.projections:
-            nn.init.normal_(project[1].weight, std=0.02 * Dv ** -0.5)
+            nn.init.normal_(project[1].weight, std=0.1 * Dv ** -0.5)
 
     def forward(self, levels):
         """[(B, N, Dv)] -> [(B, N, D)]."""
@@ -274,7 +274,7 @@ class SAPL(nn.Module):
         text = self.ecpl(self.clip, levels, edges, h, w)                       # (B, C, D)
         # similarity -> map -> score
         depths = self.depths(levels)                                           # [(B, N, D)]
-        logits = self.similarity(dense + sum(depths), text.float())            # (B, N)
+        logits = self.similarity(dense + 0.1 * sum(depths), text.float())      # (B, N)
         score = pool_score(logits, self.config["rho"])                         # (B,)
         return Output(logits.view(-1, h, w), score, text, depths, edges)
 

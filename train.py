@@ -5,7 +5,7 @@
     python train.py .. --resume              goes on after any interruption, bit for bit on a CPU
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
-Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv, curves.png.
+Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv.
 Reading order: settings, pictures, model, loss, validation and log, state of a run, loop (`train`).
 """
 import argparse
@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
 import clip
@@ -61,7 +60,7 @@ class Config:
                                "ViT-L/14@336px, a file of CLIP weights, or a checkpoint of SAPL")
     levels: list[int] = option((), "blocks whose features are used, from 1; none: thirds")
     context: int = option(8, "learned context tokens of a prompt", least=1)
-    rho: float = option(0.1, "share of the patches that make the image score", least=0, most=1)
+    rho: float = option(0.05, "share of the patches that make the image score", least=0, most=1)
     zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")
     max_side: int = option(512, "longest side of a picture at inference, pixels", least=16)
     window: int = option(256, "side of the windows to judge in, pixels; 0 = as a whole", least=0)
@@ -76,8 +75,7 @@ class Config:
     hecl_top: int = option(4, "edge patches of a kind taken of a picture", least=1)
     # training
     epochs: int = option(10, "passes over the training pictures", least=1)
-    batch: int = option(32, "pictures a step, of all processes and parts together", least=2)
-    accumulate: int = option(1, "parts in which a batch is computed, to save memory", least=1)
+    batch: int = option(32, "pictures a step, of all processes together", least=2)
     lr: float = option(5e-4, "learning rate; with --tune full a fifth of it for CLIP", least=0)
     seed: int = option(0, "of everything random", least=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -86,7 +84,7 @@ class Config:
 
 
 MODEL = ("levels", "context", "rho", "zoom", "max_side", "window")   # a SAPL checkpoint has its own
-FREE = ("out", "resume", "epochs", "accumulate", "device", "workers")  # may change on --resume
+FREE = ("out", "resume", "epochs", "device", "workers")  # may change on --resume
 WARMUP = 0.05            # ours: share of the training in which learning rate and HECL rise from 0
 SAVE_EVERY = 600         # seconds between two saves within an epoch
 
@@ -299,6 +297,11 @@ class Objective(nn.Module):
 
         entropy = F.binary_cross_entropy_with_logits(output.score.float(), labels.float(),
                                                      pos_weight=self.balance)
+        # ours: at least half of any picture is genuine, or all patches of a manipulated one would
+        # learn to say so, as each can see the others
+        logits = output.logits.flatten(1).float()                                # (B, N)
+        half = -ecpl.pool_score(-logits, 0.5)                                    # (B,)
+        entropy = entropy + F.softplus(half).mean()
         contrast = 0 * entropy
         if self.weight > 0:
             contrast = self.hecl(output.depths, output.edges, output.logits.flatten(1), labels)
@@ -338,44 +341,13 @@ def validate(run, dataset, stop):
 
 
 def log(history, out):
-    """Print the last epoch in one line; log.csv and curves.png are made anew from all epochs."""
+    """Print the last epoch in one line; log.csv is made anew from all epochs."""
     row = history[-1]
     print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
     with open(Path(out, "log.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerows(history)
-    curves(history).save(Path(out, "curves.png"))
-
-
-def curves(history):
-    """A strip for each number over the epochs, with its scale; the best epoch is marked."""
-    keys = ("loss", "hecl", "val_loss", "val_auc", "map_genuine", "map_manipulated")
-    best = history.index(best_of(history))
-    left = 70
-    right = 620
-    height = 110
-    image = Image.new("RGB", (660, height * len(keys) + 30), "white")
-    draw = ImageDraw.Draw(image)
-    x = np.linspace(left, right, len(history))
-
-    for i, key in enumerate(keys):
-        values = np.array([row[key] for row in history])                         # (epochs,)
-        low = values.min()
-        high = values.max()
-        top = height * i + 24
-        bottom = height * i + 100
-        y = bottom - (values - low) / max(high - low, 1e-9) * (bottom - top)     # (epochs,)
-        draw.text((left, top - 16), key, "black")
-        draw.text((8, top - 4), f"{high:.3f}", "black")
-        draw.text((8, bottom - 8), f"{low:.3f}", "black")
-        draw.rectangle((left, top, right, bottom), outline="#bbb")
-        draw.line((x[best], top, x[best], bottom), "#c60")
-        draw.line([*zip(x, y)], "blue", width=2)
-
-    draw.text((left, image.height - 24), f"epochs 1 to {len(history)}, orange: the best by "
-              f"val_auc, {best + 1}", "black")
-    return image
 
 
 def best_of(history):
@@ -583,10 +555,10 @@ def check_sizes(config, model):
 
 def fit_batch(config, labels, world):
     """The Config with a batch that its pictures fill; ValueError for one that does not fit."""
-    unit = math.lcm(2, config.accumulate * world)
+    unit = math.lcm(2, world)
     if config.batch % unit:
-        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit} (of 2 and "
-                         "of --accumulate x processes)")
+        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit}, of 2 and of "
+                         "the number of processes")
     batch = min(config.batch, len(labels) // unit * unit)
     if batch == 0:
         raise ValueError(f"found {len(labels)} pictures to train, expected at least {unit}: add "
@@ -621,39 +593,27 @@ def learning_rate(done):
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def backward(run, objective, loader, done):
-    """Losses of a batch that comes in --accumulate parts, with gradients of their mean -> (3,)."""
-    total = torch.zeros(3, device=run.device)
-    for _ in range(run.config.accumulate):
-        image, labels, _ = next(loader)
-        with run.model.autocast():
-            losses = objective(image.to(run.device), labels.to(run.device), min(1, done / WARMUP))
-        losses = losses / run.config.accumulate
-        losses[0].backward()
-        total += losses.detach()
-    return total
-
-
 def train_epoch(run, objective, train_set, stop):
     """The steps of an epoch that are left -> its mean losses and pictures per second."""
     config = run.config
     weights = [p for p in objective.parameters() if p.requires_grad]
     began = time.time()
 
-    # this process's share of each part of each batch that is left
+    # this process's part of each batch that is left
     train_set.epoch = run.epoch
     plan = batches(train_set.labels, config, run.epoch)                          # (steps, batch)
     steps = len(plan)
     left = plan[run.step:]
-    parts = left.reshape(-1, run.world, config.batch // config.accumulate // run.world)
-    loader = iter(load(train_set, parts[:, run.rank].tolist(), config))
+    parts = left.reshape(-1, run.world, config.batch // run.world)
 
-    while run.step < steps:
-        # gradients
+    for image, labels, _ in load(train_set, parts[:, run.rank].tolist(), config):
+        # losses and gradients
         done = (run.epoch * steps + run.step + 1) / (config.epochs * steps)
-        losses = backward(run, objective, loader, done)
+        with run.model.autocast():
+            losses = objective(image.to(run.device), labels.to(run.device), min(1, done / WARMUP))
+        losses[0].backward()
         length = nn.utils.clip_grad_norm_(weights, 1.0)                          # ours: length 1
-        *losses, length, stopping = run.agree([*losses, length, stop.number])
+        *losses, length, stopping = run.agree([*losses.detach(), length, stop.number])
         if not math.isfinite(losses[0] + length):
             raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
                              f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr; "
@@ -755,7 +715,7 @@ def main(arguments=None):
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or "out of memory").splitlines()[0]
         if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", reason):
-            remedy = "lower --batch or --size, or --accumulate 2"
+            remedy = "lower --batch or --size"
         elif reason.startswith("DataLoader worker"):
             remedy = "try fewer --workers"
         else:

@@ -88,13 +88,12 @@ def test_bytes_alone_need_no_vocabulary(monkeypatch):
     assert clip.tokenize(text, 1 << 20, vocab_size=514).max() == 513
 
 
-def test_long_texts_are_an_error_or_cut():
+def test_long_texts_are_an_error():
     text = "a " * 75
     fits = clip.tokenize(text, vocab_size=514)
     assert fits.tolist() == [[512, *[64 + 256] * 75, 513]]
     with pytest.raises(ValueError, match=r"78 tokens.*'a a a "):
         clip.tokenize(["short", text + "a"], vocab_size=514)
-    assert torch.equal(clip.tokenize(text + "b c", vocab_size=514, truncate=True), fits)
 
 
 def test_merges_in_the_order_they_were_learned(monkeypatch, tmp_path):
@@ -405,8 +404,8 @@ def tensor_program(length=4, shape=(4,), stride=(1,), offset=0, key="0"):
     return file.getvalue()
 
 
-def write_archive(path, entries, compression=zipfile.ZIP_STORED):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def write_archive(path, entries):
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
     return path
@@ -435,11 +434,11 @@ HOSTILE = {
     "negative offset": (tensor_program(shape=(1,), offset=-1), "no readable archive"),
     "negative size": (tensor_program(shape=(-4,)), "no readable archive"),
     "negative stride": (tensor_program(shape=(2,), stride=(-1,)), "no readable archive"),
-    "expanded to 4 TB": (tensor_program(shape=(2 ** 40,), stride=(0,)), "twice its size"),
-    "absurd sizes": (tensor_program(shape=(2 ** 62, 2 ** 62), stride=(1, 1)), "twice its size"),
+    "expanded to 4 TB": (tensor_program(shape=(2 ** 40,), stride=(0,)), "no CLIP"),
+    "absurd sizes": (
+        tensor_program(shape=(2 ** 62, 2 ** 62), stride=(1, 1)), "no readable archive"),
     "path outside": (tensor_program(key="../../../../../../etc/passwd"), "etc/passwd"),
     "absolute path": (tensor_program(key="/etc/passwd"), "etc/passwd"),
-    "absurd memo": (b"\x80\x02Nr\xff\xff\xff\x7f.", "absurd memory"),
     "absurd bytes": (b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.", "no readable archive"),
     "dictionary twice in itself": (
         b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "no CLIP"),
@@ -483,15 +482,12 @@ INCOMPLETE = {
     "two indices": {"v/data.pkl": tensor_program(), "w/data.pkl": tensor_program()},
     "no storage": {"w/data.pkl": tensor_program()},
     "short storage": {"w/data.pkl": tensor_program(), "w/data/0": bytes(12)},
-    "compressed": {"w/data.pkl": tensor_program(), "w/data/0": bytes(16)},
-    "bomb": {"w/data.pkl": tensor_program(2 ** 24, (2 ** 24,)), "w/data/0": bytes(2 ** 26)},
 }
 
 
 @pytest.mark.parametrize("what", INCOMPLETE)
-def test_incomplete_and_compressed_archives(tmp_path, what):
-    compression = zipfile.ZIP_DEFLATED if what in ("compressed", "bomb") else zipfile.ZIP_STORED
-    path = write_archive(tmp_path / "w.pt", INCOMPLETE[what], compression)
+def test_incomplete_archives(tmp_path, what):
+    path = write_archive(tmp_path / "w.pt", INCOMPLETE[what])
     with pytest.raises(ValueError, match="w.pt: no readable archive"):
         clip.load(path)
 
