@@ -345,7 +345,7 @@ class CLIP(nn.Module):
         for block in blocks:
             tokens.append(block(tokens[-1]))
         features = self.visual.ln_post(tokens[-1][:, 1:]) @ self.visual.proj   # (B, N, D)
-        return [tokens[level][:, 1:] for level in levels], features
+        return [tokens[level][:, 1:] for level in levels], features            # [(B, N, Dv)], ..
 
     def encode_prompts(self, embeddings, end):
         """Prompt embeddings (B, L, Dt) of any length -> text features (B, D), not normalised.

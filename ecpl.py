@@ -276,7 +276,8 @@ class SAPL(nn.Module):
         depths = self.depths(levels)                                           # [(B, N, D)]
         logits = self.similarity(dense + 0.1 * sum(depths), text.float())      # (B, N)
         score = pool_score(logits, self.config["rho"])                         # (B,)
-        return Output(logits.view(-1, h, w), score, text, depths, edges)
+        map = logits.view(-1, h, w)                                            # (B, h, w)
+        return Output(map, score, text, depths, edges)
 
     @classmethod
     def load(cls, path=None, device="auto", precision="auto", merge=True):

@@ -70,7 +70,8 @@ class DualQueue(nn.Module):
         n = int(self.filled)
         features = self.features[:, :n]                                        # (2, filled, d)
         classes = torch.arange(2, device=features.device)                      # (2,)
-        return features.flatten(0, 1), classes.repeat_interleave(n)
+        features = features.flatten(0, 1)                                      # (2 * filled, d)
+        return features, classes.repeat_interleave(n)                          # .., (2 * filled,)
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):
@@ -134,11 +135,13 @@ class HECL(nn.Module):
             z = of_all_processes(z)                                            # (B, N, D)
             patches = z.take_along_dim(index[..., None], dim=1)                # (B, 2K, D)
             anchors = F.normalize(head(patches).float(), dim=-1)               # (B, 2K, d)
-            losses.append(self.compare(anchors.flatten(0, 1), classes, ignore, queue))
+            all_anchors = anchors.flatten(0, 1)                                # (A, d)
+            losses.append(self.compare(all_anchors, classes, ignore, queue))
             if self.training:
                 newest = anchors[:, :K].detach()                               # (B, K, d)
                 genuine = newest[~manipulated].flatten(0, 1)                   # (n, d)
-                queue.push(genuine, newest[manipulated].flatten(0, 1))
+                spoiled = newest[manipulated].flatten(0, 1)                    # (n', d)
+                queue.push(genuine, spoiled)
         return torch.stack(losses).mean()
 
     def compare(self, anchors, classes, ignore, queue):
