@@ -12,12 +12,10 @@ import argparse
 import csv
 import dataclasses
 import math
-import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -194,30 +192,25 @@ def batches(labels, config, epoch):
         order = place.argsort()
 
     steps = len(order) // config.batch
+    if steps == 0:
+        raise ValueError(f"found {len(order)} pictures to train, expected at least --batch "
+                         f"{config.batch}: add some, or lower --batch")
     return order[:steps * config.batch].reshape(steps, config.batch)
 
 
-def live_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def own_session(worker):
-    """Of a loader process: Ctrl-C is not for it, it ends with the training, even by kill -9, and
-    when all are told to end it goes on for 5 seconds, so that the training can save first."""
-    if hasattr(os, "setsid"):                            # not on Windows
-        os.setsid()
+def on_its_own(worker):
+    """Of a loader process: Ctrl-C is for the training alone; told to end, the loader goes on for 5
+    seconds, so that the training can save first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):                         # not on Windows
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
-    parent = multiprocessing.parent_process().pid
-    threading.Thread(target=live_with, args=(parent,), daemon=True).start()
 
 
 def load(dataset, plan, config):
     """The batches of a plan, lists of indices, made ahead by --workers processes."""
     return DataLoader(dataset, batch_sampler=plan, num_workers=config.workers,
-                      worker_init_fn=own_session, generator=torch.Generator())
+                      worker_init_fn=on_its_own, generator=torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -480,7 +473,6 @@ class Run:
     """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
 
     def __init__(self, config, state, given):
-        self.settings = dataclasses.asdict(config)       # as the user gave them
         self.config = config
         self.device, self.rank, self.world = connect(config.device)
 
@@ -512,7 +504,7 @@ class Run:
     def save(self):
         """last.pt: what the training needs to go on, beside the weights."""
         ecpl.save_checkpoint(Path(self.config.out, "last.pt"), self.model,
-                             settings=self.settings, epoch=self.epoch, step=self.step,
+                             settings=dataclasses.asdict(self.config), epoch=self.epoch, step=self.step,
                              sums=self.sums, history=self.history,
                              hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
         self.saved = time.time()
@@ -538,8 +530,12 @@ class Run:
         return (values / self.world).tolist()
 
 
-def check_sizes(config, model):
-    """Raise ValueError for sizes and levels that do not fit the model."""
+def check_sizes(config, model, processes=1):
+    """Raise ValueError for sizes and levels that do not fit the model, or the processes."""
+    unit = math.lcm(2, processes)
+    if config.batch % unit:
+        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit}, of 2 and "
+                         "of the number of processes")
     p = model.cell
     if config.size % p:
         raise ValueError(f"found --size {config.size}, expected a multiple of the patch, {p} "
@@ -551,37 +547,6 @@ def check_sizes(config, model):
     levels = model.config["levels"]
     if min(levels) < 1 or max(levels) > blocks:
         raise ValueError(f"found --levels {levels}, expected blocks from 1 to {blocks}")
-
-
-def fit_batch(config, labels, world):
-    """The Config with a batch that its pictures fill; ValueError for one that does not fit."""
-    unit = math.lcm(2, world)
-    if config.batch % unit:
-        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit}, of 2 and of "
-                         "the number of processes")
-    batch = min(config.batch, len(labels) // unit * unit)
-    if batch == 0:
-        raise ValueError(f"found {len(labels)} pictures to train, expected at least {unit}: add "
-                         "some, or lower --val")
-    if batch < config.batch:
-        print(f"note: only {len(labels)} pictures to train: --batch {batch}", file=sys.stderr)
-    return dataclasses.replace(config, batch=batch)
-
-
-def announce(run, train_set, val_set):
-    """Say what will be done: the data, and the settings that are not the defaults."""
-    if run.rank > 0:
-        return
-    usual = vars(Config())
-    changed = []
-    for name, value in vars(run.config).items():
-        if value != usual[name]:
-            changed.append(f"{name} {value}")
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    print(f"{len(train_set)} pictures to train, {len(val_set)} to validate; {trained:,} weights to "
-          f"train, {run.model.dtype} on {run.device} x {run.world}")
-    print(f"not by default: {', '.join(changed)}")
-    print(f"from epoch {run.epoch + 1}, step {run.step + 1}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ loop
@@ -653,17 +618,19 @@ def train(config, state=None, given=()):
     OSError with one line; after SIGINT or SIGTERM it saves and raises SystemExit 130 or 143.
     """
     run = Run(config, state, given)
-    check_sizes(config, run.model)
+    check_sizes(config, run.model, run.world)
     pictures, held_out = read_pictures(config)
     train_set, val_set = make_sets(config, pictures, held_out)
-    labels = train_set.labels
-    run.config = fit_batch(config, labels, run.world)
+    if run.rank == 0:
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        print(f"{len(train_set)} pictures to train, {len(val_set)} to validate; {trained:,} "
+              f"weights to train, {run.model.dtype} on {run.device} x {run.world}; from epoch "
+              f"{run.epoch + 1}, step {run.step + 1}", flush=True)
 
-    balance = labels.count(0) / labels.count(1)
+    balance = train_set.labels.count(0) / train_set.labels.count(1)
     objective = Objective(run.model, run.hecl, config.hecl, balance).to(run.device)
     if run.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
-    announce(run, train_set, val_set)
 
     with Stop() as stop:
         while run.epoch < config.epochs:
