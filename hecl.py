@@ -75,22 +75,25 @@ class DualQueue(nn.Module):
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):
-    """Supervised InfoNCE with many positives [ours, after Khosla et al. 2020] -> scalar >= 0.
+    """Supervised contrast (Khosla et al. 2020, their L_out; used here: ours) -> scalar >= 0.
 
-        loss of an anchor = -log( sum over keys of its class exp(a.k / tau) / sum over all keys )
+        loss of an anchor = mean over keys p of its class of -log( exp(a.p / tau) / sum over all
+                            keys k of exp(a.k / tau) )
 
+    The mean is outside the logarithm: inside, one near key of the class would be enough.
     anchors (A, d), keys (Q, d) of unit length; classes (A,), key_classes (Q,); ignore (A, Q): pairs
-    left out of both sums. Anchors without a positive are left out; if all are: 0.
+    that do not count. Anchors without a key of their class are left out; if all are: 0.
     """
-    logits = anchors @ keys.T / tau                                            # (A, Q)
-    logits = logits.masked_fill(ignore, -torch.inf)
-    same = classes[:, None] == key_classes                                     # (A, Q)
-    usable = (same & ~ignore).any(dim=1)                                       # (A,)
+    same = (classes[:, None] == key_classes) & ~ignore                         # (A, Q)
+    usable = same.any(dim=1)                                                   # (A,)
     if not usable.any():
         return anchors.sum() * 0                                               # ()
 
-    positive = logits.masked_fill(~same, -torch.inf)                           # (A, Q)
-    loss = logits.logsumexp(dim=1) - positive.logsumexp(dim=1)                 # (A,)
+    logits = anchors @ keys.T / tau                                            # (A, Q)
+    count = same.sum(dim=1).clamp(min=1)                                       # (A,)
+    own_class = (logits * same).sum(dim=1) / count                             # (A,)
+    all_keys = logits.masked_fill(ignore, -torch.inf).logsumexp(dim=1)         # (A,)
+    loss = all_keys - own_class                                                # (A,)
     return loss[usable].mean()                                                 # ()
 
 
@@ -165,14 +168,13 @@ def demo():
     for label, top, bottom in zip(labels[:4], most.tolist(), least.tolist()):
         print(f"    label {label}   most {top}   least {bottom}")
 
-    # warmer than in training: a cold loss is content with one near key of the class
-    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.5, share=0.5, top=2)
+    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.1, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z], lr=0.05)
     classes = labels.repeat_interleave(2)                                      # (B * K,)
     different = classes[:, None] != classes                                    # (B * K, B * K)
     pairs = ~torch.eye(len(classes), dtype=torch.bool)                         # none with itself
-    print("Mean cosine of those that look most manipulated, behind the head, at temperature 0.5:")
+    print("Mean cosine of those that look most manipulated, behind the head:")
 
     for step in range(61):
         loss = hecl([z], edges, logits, labels)

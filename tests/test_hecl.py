@@ -116,14 +116,11 @@ def test_contrast_equals_the_formula_term_by_term():
 
     terms = []
     for i in range(3):
-        all_keys = 0
-        own_class = 0
-        for j in range(5):
-            if not ignore[i, j]:
-                value = math.exp(float(anchors[i] @ keys[j]) / 0.1)
-                all_keys += value
-                own_class += value if key_classes[j] == classes[i] else 0
-        terms.append(-math.log(own_class / all_keys))
+        used = [j for j in range(5) if not ignore[i, j]]
+        values = {j: math.exp(float(anchors[i] @ keys[j]) / 0.1) for j in used}
+        own_class = [j for j in used if key_classes[j] == classes[i]]
+        each = [-math.log(values[j] / sum(values.values())) for j in own_class]
+        terms.append(sum(each) / len(each))
     loss = hecl.contrast(anchors, classes, keys, key_classes, ignore, 0.1)
     assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-5)
 
@@ -140,15 +137,16 @@ def brute_force(depths, edges, logits, labels, heads):
                     patches.append((feature, kind, b))
         terms = []
         for feature, kind, picture in patches:
-            pull = 0
-            push = 0
+            pull = []
+            total = 0
             for other, other_kind, other_picture in patches:
+                if other_kind == kind and other_picture == picture:
+                    continue
                 value = torch.exp(feature @ other / 0.1)
-                if other_kind != kind:
-                    push += value
-                elif other_picture != picture:
-                    pull += value
-            terms.append(-torch.log(pull / (pull + push)))
+                total += value
+                if other_kind == kind:
+                    pull.append(value)
+            terms.append(-torch.log(torch.stack(pull) / total).mean())
         levels.append(torch.stack(terms).mean())
     return torch.stack(levels).mean()
 
@@ -224,7 +222,7 @@ def test_a_batch_of_one_class_survives_and_uses_the_queue():
     genuine = batch(labels=(0, 0, 0, 0))
     first = model(*genuine)
     first.backward()
-    assert first.item() == pytest.approx(0, abs=1e-5)          # no negatives
+    assert first.isfinite()                                    # no negatives
     assert int(model.queues[0].filled) == 0
 
     model(*batch())

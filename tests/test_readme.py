@@ -128,3 +128,29 @@ def test_the_quoted_answer_is_the_programs(tmp_path):
 
 def test_it_stays_short():
     assert len(TEXT.split()) <= 1100
+
+
+def rows_of(text, first):
+    """{first word of a row: its other cells} of the table in `text` whose header starts so."""
+    table = text.partition(f"\n| {first}")[2].partition("\n\n")[0]
+    rows = {}
+    for line in table.splitlines()[2:]:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name:
+            rows[name.split()[0]] = cells
+    return rows
+
+
+def test_quoted_results_are_the_model_cards():
+    """Each row of README's table of results, as the model card has it in more detail."""
+    card = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    quoted = rows_of(TEXT, "set, pictures | pixel AUC")
+    measured = rows_of(card, "set, pictures | map")
+    assert len(quoted) == 3
+    for name, (pixel_auc, pixel_f1, image_auc, marked) in quoted.items():
+        which, card_auc, card_f1, _, card_image_auc, card_marked = measured[name]
+        assert which == "**shipped**"
+        assert pixel_auc == card_auc
+        assert pixel_f1.split()[0] == card_f1.split()[0]
+        assert image_auc == card_image_auc
+        assert marked == f"{100 * float(card_marked):.0f} %"
