@@ -96,7 +96,7 @@ def prepare(folder, out):
         if train_list.exists():
             return train_list
         photos = sorted(Path(folder).resolve().iterdir())
-        pairs = synthesis.PairSet(photos[::16], size=192, count=200, seed=1)
+        pairs = synthesis.PairSet(photos[::16], size=192, count=100, seed=1)
         synthesis.write(pairs, out / "synthetic")
         lines = [f'"{photo}",0' for i, photo in enumerate(photos) if i % 8]
         train_list.write_text("\n".join(["image,label", *lines]), encoding="utf-8")

@@ -46,10 +46,11 @@ MEANING = {"pixel_f1": "P-F1", "image_auc": "I-AUC", "image_f1_hm": "I-F1", "com
            "fp_area": "marked in genuine"}
 BASELINES = ("all_ones", "centre", "edge")
 COUNTS = ("TP", "FP", "FN", "TN")
-ATTACKS = (                                # the grid of IMDL-BenCo
+ATTACKS = (                                # the grid of IMDL-BenCo, and half the size (ours)
     "jpeg:100", "jpeg:90", "jpeg:80", "jpeg:70", "jpeg:60", "jpeg:50",       # quality
     "blur:3", "blur:7", "blur:11", "blur:15", "blur:19", "blur:23",          # kernel, pixels
-    "noise:3", "noise:7", "noise:11", "noise:15", "noise:19", "noise:23")    # variance of 0-255
+    "noise:3", "noise:7", "noise:11", "noise:15", "noise:19", "noise:23",    # variance of 0-255
+    "size:50")                                                               # percent
 ROW = ("set", "path", "label", "score", *COUNTS, "f1", "iou", "auc", "precision", "recall",
        "f1_best", "fp_area", "left_out", "error")                    # of per_image.csv
 
@@ -195,20 +196,23 @@ def interval(statistic, *columns):
 def parse_attack(spec):
     """"jpeg:70" -> ("jpeg", 70); ValueError if there is no such attack."""
     kind, _, number = spec.partition(":")
-    known = kind in ("jpeg", "blur", "noise")
+    known = kind in ("jpeg", "blur", "noise", "size")
     if not known or not number.isdecimal() or not 1 <= int(number) <= 100:
-        raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL or "
-                         "noise:VARIANCE with a number from 1 to 100: try jpeg:70")
+        raise ValueError(f"found attack {spec!r}, expected jpeg:QUALITY, blur:KERNEL, "
+                         "noise:VARIANCE or size:PERCENT with a number from 1 to 100: try jpeg:70")
     return kind, int(number)
 
 
 def apply_attack(image, spec):
-    """PIL RGB image after an attack such as "jpeg:70", at its own size; always the same noise."""
+    """PIL RGB image after an attack such as "jpeg:70"; always the same noise."""
     kind, value = parse_attack(spec)
     if kind == "jpeg":
         return data.jpeg(image, value, subsampling=2)
     if kind == "noise":
         return data.add_noise(image, value ** 0.5, np.random.default_rng(0))
+    if kind == "size":
+        size = [max(1, round(side * value / 100)) for side in image.size]
+        return image.resize(size, Image.Resampling.BICUBIC)
     sigma = 0.3 * ((value - 1) / 2 - 1) + 0.8            # OpenCV's for a kernel
     return image.filter(ImageFilter.GaussianBlur(sigma))
 
