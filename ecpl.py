@@ -449,7 +449,7 @@ def demo(out="out/method.png"):
     edge = soft_edges(image)                                                   # (1, 1, H, W)
     variation = feature_variation(levels[-1], h, w).mean(dim=-1)               # (1, N)
     variation = variation.view(1, h, w) / variation.max()                      # (1, h, w)
-    answer = regions(output.logits, radius=2) - model.map_shift                # (1, h, w)
+    answer = regions(output.logits, radius=1) - model.map_shift                # (1, h, w)
 
     print(f"image {tuple(image.shape)}, soft edges {tuple(edge.shape)} up to {edge.max():.2f}")
     print(f"{len(levels)} levels {tuple(levels[-1].shape)}; the quarter where the last varies "
