@@ -673,6 +673,10 @@ def main(arguments=None):
     except BrokenPipeError:                      # who read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ConnectionError, EOFError) as error:     # while it handed over a batch
+        print(f"error: DataLoader worker is gone ({error}): try fewer --workers; --resume goes on "
+              "from the last save", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2

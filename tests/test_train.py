@@ -633,6 +633,17 @@ def test_out_of_memory_is_one_line(place, monkeypatch, capsys, error):
     assert "--batch" in line
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
+def test_a_loader_that_dies_while_it_sends_is_one_line(place, monkeypatch, capsys, error):
+    def forward(*arguments):
+        raise error
+
+    monkeypatch.setattr(train.Objective, "forward", forward)
+    assert train.main(words_of(settings(place, "sending"))) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: DataLoader worker is gone")
+
+
 # ---------------------------------------------------------------------------------------- resume
 
 def test_resume_keeps_its_settings(reference, capsys):
