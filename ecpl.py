@@ -96,6 +96,9 @@ class ECPL(nn.Module):
     context tokens a class. s: the spread of the tower's word embeddings, so that o moves prompts in
     steps of their own size; o starts at zero, so training starts from P = V [ours].
 
+    What it brings (tests/README.md): with a CLIP that was told what is pasted, nothing measurable;
+    with one that was not, prompts that read the picture add 0.02 F1; edges add nothing to that.
+
     levels: how many. context: M; ValueError if the text tower is too short for it.
     """
 
