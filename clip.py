@@ -204,7 +204,7 @@ class MLP(nn.Module):
         # The same as silu(1.702 h) / 1.702; both factors go into the weights, which are small.
         fc, proj = self.c_fc, self.c_proj
         hidden = F.silu(F.linear(x, 1.702 * fc.weight, 1.702 * fc.bias))       # (B, L, 4D)
-        return F.linear(hidden, proj.weight / 1.702, proj.bias)
+        return F.linear(hidden, proj.weight / 1.702, proj.bias)                # (B, L, D)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -254,7 +254,8 @@ class Stem(nn.Sequential):
         left, middle, right = rows.unfold(3, 3, 1).unbind(dim=-1)              # (B, 3, H, W) each
         residual = pixels - (left + 2 * middle + right) / 16                   # (B, 3, H, W)
         residual = (8 * residual).tanh()         # ours: 8, so that noise counts and edges saturate
-        return super().forward(residual.contiguous(memory_format=torch.channels_last))  # is faster
+        residual = residual.contiguous(memory_format=torch.channels_last)      # convolves faster
+        return super().forward(residual)                                       # (B, Dv, h, w)
 
 
 class VisionTransformer(nn.Module):
@@ -367,7 +368,7 @@ class CLIP(nn.Module):
         image = F.normalize(self.encode_image(pixels), dim=-1)                 # (B, D)
         text = F.normalize(self.encode_text(tokens), dim=-1)                   # (T, D)
         logits = self.logit_scale.exp() * image @ text.T                       # (B, T)
-        return logits, logits.T
+        return logits, logits.T                                                # (B, T), (T, B)
 
 
 def add_lora(model, rank, alpha):

@@ -3,7 +3,7 @@
 After SAPL (arXiv 2601.06222), see ecpl.py for the words in brackets: genuine and manipulated edge
 patches are extracted and contrasted [abstract], with a dual queue [digest]. Which patches, loss and
 features: ours. "Hierarchical" here: every depth of the image tower has its own features, head and
-queues. Used in training only.
+queues. Used in training only. What it brought so far (tests/README.md): nothing measurable.
 
 Reading order: which patches -> queues -> loss -> HECL. `python hecl.py` shows what it does.
 
@@ -123,7 +123,7 @@ class HECL(nn.Module):
 
         # The patches that look most manipulated have the class of their picture.
         classes = torch.zeros_like(index)                                      # (B, 2K)
-        classes[:, :K] = labels[:, None]
+        classes[:, :K] = labels[:, None]                                       # (B, K)
         classes = classes.flatten()                                            # (A,)
         # Patches of one picture share its content: as positives they would teach scenes, not seams.
         picture = torch.arange(B, device=index.device)                         # (B,)
@@ -132,7 +132,7 @@ class HECL(nn.Module):
         same_class = classes[:, None] == classes                               # (A, A)
         ignore = same_picture & same_class                                     # (A, A)
 
-        manipulated = labels == 1                                              # (B,)
+        is_manipulated = labels == 1                                           # (B,)
         losses = []
         for z, head, queue in zip(depths, self.heads, self.queues):
             z = of_all_processes(z)                                            # (B, N, D)
@@ -142,9 +142,9 @@ class HECL(nn.Module):
             losses.append(self.compare(all_anchors, classes, ignore, queue))
             if self.training:
                 newest = anchors[:, :K].detach()                               # (B, K, d)
-                genuine = newest[~manipulated].flatten(0, 1)                   # (n, d)
-                spoiled = newest[manipulated].flatten(0, 1)                    # (n', d)
-                queue.push(genuine, spoiled)
+                genuine = newest[~is_manipulated].flatten(0, 1)                # (n, d)
+                manipulated = newest[is_manipulated].flatten(0, 1)             # (m, d)
+                queue.push(genuine, manipulated)
         return torch.stack(losses).mean()
 
     def compare(self, anchors, classes, ignore, queue):

@@ -111,7 +111,7 @@ class SAPL(ecpl.SAPL):
 
         score = ecpl.pool_score(grid.flatten()[None], self.config["rho"])[0]      # ()
         if not raw:
-            grid = ecpl.regions(grid[None], radius=1)[0]              # (h, w); ours: 1
+            grid = ecpl.regions(grid[None])[0]                        # (h, w)
         W, H = picture.size
         map = F.interpolate(grid[None, None], (H, W), mode="bilinear")[0, 0]      # (H, W)
         return map, score

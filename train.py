@@ -275,7 +275,8 @@ def parameter_groups(model, hecl, config):
 # ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
-    """The model with its losses: image-level cross-entropy + weight * HECL."""
+    """The model with its losses: entropy + weight * HECL. Entropy: the image label's, and that of
+    the picture's less suspicious half against "genuine" [ours]."""
 
     def __init__(self, model, hecl, weight, balance):
         super().__init__()
@@ -290,14 +291,14 @@ class Objective(nn.Module):
 
         entropy = F.binary_cross_entropy_with_logits(output.score.float(), labels.float(),
                                                      pos_weight=self.balance)
-        # ours: at least half of any picture is genuine, or all patches of a manipulated one would
-        # learn to say so, as each can see the others
+        # taken for granted: at least half of any picture is genuine. Without it all patches of a
+        # manipulated one may rise, as each can see the others (see weights/README.md)
         logits = output.logits.flatten(1).float()                                # (B, N)
         half = -ecpl.pool_score(-logits, 0.5)                                    # (B,)
         entropy = entropy + F.softplus(half).mean()
         contrast = 0 * entropy
         if self.weight > 0:
-            contrast = self.hecl(output.depths, output.edges, output.logits.flatten(1), labels)
+            contrast = self.hecl(output.depths, output.edges, logits, labels)
 
         return torch.stack([entropy + ramp * self.weight * contrast, entropy, contrast])
 

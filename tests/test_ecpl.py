@@ -178,7 +178,7 @@ def test_the_map_is_the_scaled_difference_of_two_cosines():
     image = pictures()
     output = model(image)
     levels, features = model.clip.encode_patches(clip.normalize(image), (1, 2))
-    features = features + 0.1 * (output.depths[0] + output.depths[1])
+    features = features + model.depths.share * (output.depths[0] + output.depths[1])
     cosine = F.cosine_similarity(features[:, :, None], output.text[:, None], dim=-1)   # (B, N, C)
     expected = model.log_scale.exp() * (cosine[..., 1] - cosine[..., 0]) + model.bias
     assert torch.allclose(output.logits.flatten(1), expected, atol=1e-4)

@@ -433,15 +433,15 @@ def test_log(reference):
 
 # ----------------------------------------------------------------------------------- calibration
 
-def test_one_in_ten_of_the_genuine_lies_above_one_half(reference):
-    """At most 10 % of the pixels and of the pictures on which best.pt is calibrated."""
+def test_few_of_the_genuine_lie_above_one_half(reference):
+    """At most 6 % of the pixels and 10 % of the pictures on which best.pt is calibrated."""
     best = Path(reference.config.out, "best.pt")
     model = infer.SAPL.load(best, "cpu", "fp32", merge=False)
     _, held_out = train.read_pictures(reference.config)
     rng = np.random.default_rng(0)
     found = [model.localize(train.worn(p.path, rng)) for p in held_out if p.label == 0]
     assert len(found) == 6
-    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.1
+    assert 0.03 < np.mean([result.mask.mean() for result in found]) <= 0.06
     scores = [result.score for result in found]
     assert np.mean([score > 0.5 for score in scores]) <= 0.1
     assert max(scores) == pytest.approx(0.5)                     # no higher than it must be
@@ -619,29 +619,22 @@ def test_ctrl_c_beside_the_loop_is_one_line(place, monkeypatch, capsys, where):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
-def test_out_of_memory_is_one_line(place, monkeypatch, capsys, error):
+@pytest.mark.parametrize("error, words", [
+    (MemoryError(), "memory: lower --batch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+     "memory.*: lower --batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+     "memory.*: lower --batch"),
+    (ConnectionResetError(104, "reset by peer"), "DataLoader worker is gone.*: try fewer --worker"),
+    (EOFError(), "DataLoader worker is gone.*: try fewer --workers")])
+def test_what_breaks_a_step_is_one_line(place, monkeypatch, capsys, error, words):
     def forward(*arguments):
         raise error
 
     monkeypatch.setattr(train.Objective, "forward", forward)
-    assert train.main(words_of(settings(place, "memory"))) == 1
+    assert train.main(words_of(settings(place, "broken"))) == 1
     line, = capsys.readouterr().err.strip().splitlines()
-    assert re.match("error: .*memory", line)
-    assert "--batch" in line
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError()])
-def test_a_loader_that_dies_while_it_sends_is_one_line(place, monkeypatch, capsys, error):
-    def forward(*arguments):
-        raise error
-
-    monkeypatch.setattr(train.Objective, "forward", forward)
-    assert train.main(words_of(settings(place, "sending"))) == 1
-    line, = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: DataLoader worker is gone")
+    assert re.match(f"error: .*{words}", line)
 
 
 # ---------------------------------------------------------------------------------------- resume

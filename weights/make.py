@@ -177,7 +177,7 @@ def distillation(student, teacher, image, alone):
 
 def text_features(model, texts):
     """Texts -> unit features (T, D)."""
-    texts = [text[:70] for text in texts]                # a byte is a token; 77 fit, with both ends
+    texts = [text[:75] for text in texts]        # a letter is a token; 75 fit between both ends
     tokens = clip.tokenize(texts, SIZES["context_length"], SIZES["vocab_size"])
     tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]                     # (T, L)
     return F.normalize(model.encode_text(tokens), dim=-1)                        # (T, D)
