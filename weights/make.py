@@ -13,8 +13,8 @@ descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
    learn to predict the teacher's tokens after each block. It sees each crop enlarged twice, so that
    our 8-pixel patches stand for its 16-pixel ones.
 2. Regions: patches against the captions of their part; the map of "manipulated" against "genuine";
-   patches of one source attract, all others repel. With --histories-only nobody says which part is
-   pasted: no class words, no map.
+   patches of one source attract, all others repel. In half of the batches (--told) nobody says
+   which part is pasted: no class words, no map.
 
 Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
 """
@@ -210,8 +210,8 @@ def same_source(z, source, weight):
     return loss[same.any(dim=1)].mean()
 
 
-def region_losses(model, heads, batch, histories_only):
-    """-> {name: scalar} for a batch of Batches."""
+def region_losses(model, heads, batch, told):
+    """-> {name: scalar} for a batch of Batches. told: say which part is pasted."""
     image, inside, sources, captions = batch
     B, N = inside.shape
     manipulated = (inside > 0.6).float()                                         # (B, N)
@@ -221,7 +221,7 @@ def region_losses(model, heads, batch, histories_only):
     weight = both / both.sum()
     source = torch.where(inside > 0.6, sources[:, 1:], sources[:, :1])           # (B, N)
 
-    if not histories_only:
+    if told:
         captions = [f"{CLASSES[i % 2]}, {caption}" for i, caption in enumerate(captions)]
     distinct = list(dict.fromkeys(captions))
     place = torch.tensor([distinct.index(caption) for caption in captions])      # of each part
@@ -232,7 +232,7 @@ def region_losses(model, heads, batch, histories_only):
     errors = F.cross_entropy(logits.flatten(0, 1), place[source].flatten(), reduction="none")
     losses = {"captions": (weight.flatten() * errors).sum(),
               "sources": same_source(heads["source"](features), source, both)}
-    if not histories_only:
+    if told:
         logits = class_logits(model, features) + heads["bias"].weight[0, 0]      # (B, N)
         errors = F.binary_cross_entropy_with_logits(logits, manipulated, reduction="none")
         labels = torch.arange(B) % 2
@@ -339,7 +339,8 @@ def run_stage(training, loader, minutes, compute, watch):
     began = time.process_time()                          # other programs do not count
     before = spent[stage]
     saved = time.time()
-    rows, sums = Path(training.args.out, "log.csv"), {}
+    rows = Path(training.args.out, "log.csv")
+    recent = {}                                          # {name: losses since the last line}
     for count, batch in enumerate(loader, start=1):
         done = spent[stage] / minutes
         if done >= 1:
@@ -356,12 +357,12 @@ def run_stage(training, loader, minutes, compute, watch):
         spent[stage] = before + (time.process_time() - began) / 60
 
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.item()
+            recent.setdefault(name, []).append(loss.item())
         if count % 200 == 0:
-            words = "  ".join(f"{name} {value / 200:.3f}" for name, value in sums.items())
+            words = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in recent.items())
             print(f"{stage} {spent[stage]:.1f} min  step {training.state['step']}  {words}",
                   flush=True)
-            sums.clear()
+            recent.clear()
         if time.time() - saved > 600:
             saved = time.time()
             training.save()
@@ -396,10 +397,10 @@ def main():
                         help="processor minutes of stage 2, over all starts")
     parser.add_argument("--lr-distil", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--histories-only", action="store_true", help="do not say what is pasted")
+    parser.add_argument("--told", type=float, default=0.5,
+                        help="share of the batches that say which part is pasted")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     photos, held_out = [], []
@@ -427,7 +428,8 @@ def main():
         training.optimizers = training.make_optimizers(args.lr)
 
     def compute(batch, done):
-        return region_losses(training.model, training.heads, batch, args.histories_only)
+        told = bool(torch.rand(()) < args.told)
+        return region_losses(training.model, training.heads, batch, told)
 
     loader = DataLoader(Batches(photos, seed), batch_size=None, num_workers=1, prefetch_factor=4)
     run_stage(training, loader, args.minutes, compute, watch)
