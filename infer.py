@@ -7,12 +7,10 @@ Reading order: picture -> answer -> what people look at -> the command. A map is
 manipulated; above 0.5 it is the mask. Shapes: h, w patch grid, H, W pixels of the picture.
 """
 import argparse
-import base64
 import csv
 import datetime
 import glob
 import html
-import io
 import itertools
 import json
 import math
@@ -26,7 +24,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageFilter
 
 import clip
 import data
@@ -149,55 +147,19 @@ def tint(grey):
     return Image.merge("RGB", channels)
 
 
-def legend(width, size, result):
-    """A strip for below the picture: decision, score, and the colours of the map with ticks."""
-    strip = Image.new("RGB", (width, 4 * size), "white")
-    draw = ImageDraw.Draw(strip)
-    font = ImageFont.load_default(1.1 * size)
-    text = f"{result.decision}, score {result.score:.2f}, {result.area:.0%} marked"
-    draw.text((size, size), text, fill="black", font=font, anchor="lm")
-
-    scale = np.tile(np.linspace(0.5, 1, 8 * size), (size, 1))
-    strip.paste(tint(to_grey(scale)), (size, 2 * size))
-    small = ImageFont.load_default(0.8 * size)
-    for x, tick in ((size, "0.5"), (5 * size, "0.75"), (9 * size, "1")):
-        draw.line((x, 2 * size, x, 3 * size), fill="black")
-        draw.text((x, 3.5 * size), tick, fill="black", font=small, anchor="mm")
-    draw.text((10 * size, 2.5 * size), "map, above 0.5", fill="black", font=font, anchor="lm")
-    return strip
-
-
 def overlay(picture, result):
-    """The picture, tinted and outlined where the map lies above 0.5, a legend below -> PIL RGB."""
-    W, H = picture.size
+    """The picture, tinted and outlined where the map lies above 0.5 -> PIL RGB."""
     colours = tint(to_grey(result.map))
     mask = Image.fromarray(result.mask).convert("L")
     canvas = Image.composite(colours, picture, mask.point(lambda value: 0.45 * value))
 
     # a contour that shows on dark and on bright: white, with black around it
-    thickness = max(W, H) // 800 + 1
+    thickness = max(picture.size) // 800 + 1
     for colour, reach in (("black", 2 * thickness), ("white", thickness)):
         soft = mask.filter(ImageFilter.BoxBlur(reach))
         line = soft.point([255 if 0 < value < 255 else 0 for value in range(256)])
         canvas.paste(colour, mask=line)
-
-    size = max(10, W // 40)                                           # height of the letters
-    if W < 22 * size:                                                 # no room for words
-        return canvas
-    sheet = Image.new("RGB", (W, H + 4 * size))
-    sheet.paste(canvas)
-    sheet.paste(legend(W, size, result), (0, H))
-    return sheet
-
-
-def thumbnail(path):
-    """Picture file -> an HTML image that is contained in the page, at most 480 pixels long."""
-    image = data.open_image(path)
-    image.thumbnail((480, 480))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    code = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{code}">'
+    return canvas
 
 
 REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title>
@@ -211,7 +173,7 @@ figure{margin:0;padding:.6em;background:#fff;overflow-wrap:anywhere}.manipulated
 
 
 def write_report(out, rows, names, checkpoint):
-    """out/report.html from the rows of results.csv: one file, no network, sorted by score."""
+    """out/report.html from the rows of results.csv: shows the overlays beside it, highest first."""
     model = f"{Path(checkpoint).name}, SHA-256 {clip.sha256_of(checkpoint)[:12]}"
     caution = SHIPPED + CAUTION if checkpoint == clip.TINY else CAUTION
     done = [row for row in rows if not row["error"]]
@@ -223,9 +185,8 @@ def write_report(out, rows, names, checkpoint):
              "lies above 0.5. Sorted by score.</p><main>\n"]
 
     for row in sorted(done, key=lambda row: -float(row["score"])):
-        file = out / f"{names[row['path']]}_overlay.png"
-        image = thumbnail(file) if file.exists() else "(its overlay was removed) "
-        parts.append(f'<figure><a href="{quote(file.name)}">{image}</a>'
+        link = quote(f"{names[row['path']]}_overlay.png")
+        parts.append(f'<figure><a href="{link}"><img alt="" loading="lazy" src="{link}"></a>'
                      f'<b class="{row["decision"]}">{row["decision"]}</b>, score '
                      f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>'
                      f'{html.escape(row["path"])}</figure>\n')

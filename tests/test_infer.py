@@ -235,9 +235,8 @@ def near_the_border(mask, reach):
 def test_the_overlay_changes_nothing_but_the_region_and_its_contour(level):
     picture = Image.new("RGB", (400, 300), (level, level, level))
     result = square_result()
-    sheet = infer.overlay(picture, result)
-    assert sheet.width == 400 and sheet.height > 300         # the legend lies below
-    canvas = np.asarray(sheet)[:300].astype(int)                               # (H, W, 3)
+    canvas = np.asarray(infer.overlay(picture, result)).astype(int)            # (H, W, 3)
+    assert canvas.shape == (300, 400, 3)
     contour = near_the_border(result.mask, 10)
     outside = ~result.mask & ~contour
     inside = result.mask & ~contour
@@ -249,21 +248,12 @@ def test_the_overlay_changes_nothing_but_the_region_and_its_contour(level):
     differs = np.abs(canvas - level).min(axis=2) > 100                         # (H, W)
     assert differs[:, 90:110].any(axis=1)[100:200].all()
     assert differs[90:110].any(axis=0)[100:250].all()
-    below = np.asarray(sheet)[300:]
-    assert (below == 255).all(axis=2).mean() > 0.5           # words on white
-    assert (below == 0).all(axis=2).any()
 
 
 def test_the_overlay_of_a_picture_without_a_region_is_the_picture():
     picture = mini.photo(400, 300)
     sheet = infer.overlay(picture, square_result(level=0.49))
-    assert np.array_equal(np.asarray(sheet)[:300], np.asarray(picture))
-
-
-def test_a_small_overlay_has_no_room_for_words():
-    picture = mini.photo(60, 40)
-    result = make_model().localize(picture)
-    assert infer.overlay(picture, result).size == picture.size
+    assert np.array_equal(np.asarray(sheet), np.asarray(picture))
 
 
 def test_the_colours_tell_how_far_above_one_half():
@@ -372,7 +362,7 @@ def test_every_picture_gets_a_map_a_mask_and_an_overlay(answered):
     assert set(np.unique(mask)) <= {0, 255}
 
 
-def test_the_report_is_one_file_sorted_by_score_with_links_that_work(answered, checkpoint):
+def test_the_report_is_sorted_by_score_and_shows_overlays_that_are_there(answered, checkpoint):
     out, rows = answered
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "http" not in page and "<script" not in page
@@ -386,8 +376,8 @@ def test_the_report_is_one_file_sorted_by_score_with_links_that_work(answered, c
     assert 'name="viewport"' in page
 
     assert page.count("<figure") == len(rows)
-    assert page.count('src="data:image/jpeg;base64,') == len(done)
     links = re.findall(r'href="([^"]*)"', page)
+    assert links == re.findall(r'src="([^"]*)"', page)
     assert len(set(links)) == len(done)
     for link in links:
         assert (out / unquote(link)).is_file()

@@ -427,7 +427,7 @@ def test_log(reference):
     history = saved(config)["history"]
     lines = Path(config.out, "log.csv").read_text().splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith("epoch,loss,entropy,hecl,val_loss,val_auc,map_genuine")
+    assert lines[0].startswith("epoch,loss,entropy,hecl,val_loss,val_auc,pictures_per_s")
     assert len(history) == 2
 
 
@@ -653,13 +653,13 @@ def test_resume_keeps_its_settings(reference, capsys):
     assert state["epoch"] == 2
 
 
-def test_a_finished_run_is_refused_or_trained_longer(place, reference, capsys):
+def test_a_finished_run_stays_as_it_is_or_is_trained_longer(place, reference, capsys):
     out = place / "longer"
     shutil.copytree(reference.config.out, out)
-    assert train.main(["--out", str(out), "--resume"]) == 2
-    assert "finished run of 2 epochs" in capsys.readouterr().err
-    assert train.main(["--out", str(out), "--resume", "--epochs", "1"]) == 2
-    assert "--epochs 4" in capsys.readouterr().err               # more than are done
+    assert train.main(["--out", str(out), "--resume"]) == 0
+    assert "finished: the best is epoch" in capsys.readouterr().out
+    for name in ("best.pt", "last.pt"):
+        assert same(ecpl.load_checkpoint(out / name), saved(reference.config, name))
     assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 0
     assert "from epoch 3, step 1" in capsys.readouterr().out
     history = ecpl.load_checkpoint(out / "last.pt")["history"]
