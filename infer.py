@@ -186,7 +186,7 @@ def write_report(out, rows, names, checkpoint):
 
     for row in sorted(done, key=lambda row: -float(row["score"])):
         link = quote(f"{names[row['path']]}_overlay.png")
-        parts.append(f'<figure><a href="{link}"><img alt="" loading="lazy" src="{link}"></a>'
+        parts.append(f'<figure><a href="{link}"><img alt="overlay" loading="lazy" src="{link}"></a>'
                      f'<b class="{row["decision"]}">{row["decision"]}</b>, score '
                      f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>'
                      f'{html.escape(row["path"])}</figure>\n')

@@ -414,6 +414,9 @@ def settings_of(given):
                              "leave it out, or start anew")
     config = Config(**own | given)
     check(config, ())
+    if config.epochs < state["epoch"]:
+        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done "
+                         f"{state['epoch']}, expected more: --epochs {2 * state['epoch']}")
     if state["epoch"] > 0 and not newest(out, "best.pt"):
         raise ValueError(f"found no best.pt in {out}, expected the one of {state['epoch']} "
                          "epochs: put it back, or start anew")

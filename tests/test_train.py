@@ -660,6 +660,8 @@ def test_a_finished_run_stays_as_it_is_or_is_trained_longer(place, reference, ca
     assert "finished: the best is epoch" in capsys.readouterr().out
     for name in ("best.pt", "last.pt"):
         assert same(ecpl.load_checkpoint(out / name), saved(reference.config, name))
+    assert train.main(["--out", str(out), "--resume", "--epochs", "1"]) == 2
+    assert "--epochs 4" in capsys.readouterr().err               # more than are done
     assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 0
     assert "from epoch 3, step 1" in capsys.readouterr().out
     history = ecpl.load_checkpoint(out / "last.pt")["history"]
