@@ -14,7 +14,8 @@ descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
    our 8-pixel patches stand for its 16-pixel ones.
 2. Regions: patches against the captions of their part; the map of "manipulated" against "genuine";
    patches of one source attract, all others repel. In half of the batches (--told) nobody says
-   which part is pasted: no class words, no map.
+   which part is pasted: histories alone in the captions, no map. Still, only pasted parts are
+   "rotated", "reduced", "smooth", "shifted" or "inverted".
 
 Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
 """
@@ -83,7 +84,8 @@ class HistorySet(synthesis.PairSet):
     """Pairs of a genuine picture and its manipulation, whose parts have histories of their own."""
 
     def pair(self, number):
-        """-> (genuine and manipulated image, PIL RGB; region, PIL L; words of both parts)."""
+        """-> (genuine and manipulated image, PIL RGB; region, PIL L; a key of synthesis.KINDS;
+        words of both parts' histories)."""
         rng = self.rng(number)
         size = (self.size, self.size)
         photo, donor = self.windows(self.work_size(rng), rng)
@@ -95,14 +97,15 @@ class HistorySet(synthesis.PairSet):
         genuine = data.degrade(photo, size, self.rng(number, 1))
         manipulated = data.degrade(image, size, self.rng(number, 1))
         region = region.resize(size, Image.Resampling.BOX)
-        return genuine, manipulated, region, history, [kind, *before, *words]
+        return genuine, manipulated, region, kind, history, [*before, *words]
 
 
 class Batches(Dataset):
-    """Batch i -> (images (B, 3, S, S), inside (B, N), source (B, 2), captions of 2 parts a pair).
+    """Batch i -> (images (B, 3, S, S), inside (B, N), source (B, 2), classes and histories: texts
+    of 2 parts a pair).
 
     inside: the share of each patch that is manipulated. source: the number of the source of a
-    picture's genuine and of its manipulated part, its caption's place in the list too.
+    picture's genuine and of its manipulated part, the place of its texts in both lists too.
     """
 
     def __init__(self, photos, seed):
@@ -113,18 +116,19 @@ class Batches(Dataset):
         return 10 ** 7
 
     def __getitem__(self, i):
-        images, regions, sources, captions = [], [], [], []
-        kind = i % len(BATCHES)
-        size, pairs = BATCHES[kind]
+        images, regions, sources, classes, histories = [], [], [], [], []
+        pictures = self.sets[i % len(BATCHES)]
+        _, pairs = BATCHES[i % len(BATCHES)]
         for k in range(pairs):
-            genuine, manipulated, region, *words = self.sets[kind].pair(i * pairs + k)
+            genuine, manipulated, region, kind, *words = pictures.pair(i * pairs + k)
             images += [data.to_tensor(genuine), data.to_tensor(manipulated)]
             region = torch.from_numpy(np.asarray(region, np.float32) / 255)      # (S, S)
             regions += [torch.zeros_like(region), region]
             sources += [(2 * k, 2 * k + 1)] * 2
-            captions += [", ".join(part) for part in words]
+            classes += [CLASSES[0], f"{CLASSES[1]}, {kind}"]
+            histories += [", ".join(part) for part in words]
         inside = F.avg_pool2d(torch.stack(regions), 8).flatten(1)                # (B, N)
-        return torch.stack(images), inside, torch.tensor(sources), captions
+        return torch.stack(images), inside, torch.tensor(sources), classes, histories
 
 
 class Crops(Dataset):
@@ -212,7 +216,7 @@ def same_source(z, source, weight):
 
 def region_losses(model, heads, batch, told):
     """-> {name: scalar} for a batch of Batches. told: say which part is pasted."""
-    image, inside, sources, captions = batch
+    image, inside, sources, classes, captions = batch
     B, N = inside.shape
     manipulated = (inside > 0.6).float()                                         # (B, N)
     genuine = (inside < 0.05).float()                # patches between are left out
@@ -222,7 +226,7 @@ def region_losses(model, heads, batch, told):
     source = torch.where(inside > 0.6, sources[:, 1:], sources[:, :1])           # (B, N)
 
     if told:
-        captions = [f"{CLASSES[i % 2]}, {caption}" for i, caption in enumerate(captions)]
+        captions = [f"{name}, {caption}" for name, caption in zip(classes, captions)]
     distinct = list(dict.fromkeys(captions))
     place = torch.tensor([distinct.index(caption) for caption in captions])      # of each part
 
@@ -401,6 +405,7 @@ def main():
                         help="share of the batches that say which part is pasted")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     photos, held_out = [], []
