@@ -251,6 +251,12 @@ WEIGHTS = {"captions": 0.3, "sources": 0.5, "map": 1.0, "image": 1.0}
 
 # ------------------------------------------------------------------------------------------ loop
 
+def autocast():
+    """The context in which matrices are multiplied in bfloat16, if the processor can do that."""
+    native = clip.native_dtype(torch.device("cpu")) == torch.bfloat16
+    return torch.autocast("cpu", torch.bfloat16, enabled=native)
+
+
 @torch.no_grad()
 def measure(model, pairs):
     """Pixel AUC (mean over manipulated pictures, patch by patch) and image AUC of the map of the
@@ -260,7 +266,7 @@ def measure(model, pairs):
         for label in (0, 1):
             image, region, _ = pairs.make(number, label)
             image = data.to_tensor(image)[None]
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits = class_logits(model, patch_features(model, image)).float()   # (1, N)
             scores.append(pool_score(logits, 0.1))
             region = torch.from_numpy(np.asarray(region, np.float32))[None] / 255
@@ -349,7 +355,7 @@ def run_stage(training, loader, minutes, compute, watch):
         done = spent[stage] / minutes
         if done >= 1:
             break
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             losses = compute(batch, done)
         total = sum(WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
         rate = min(1.0, count / 100)                     # each start is warmed up
