@@ -15,6 +15,7 @@ M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -393,7 +394,7 @@ def save_checkpoint(path, model, **state):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_name(path.name + ".previous"))
+            shutil.copyfile(path, path.with_name(path.name + ".previous"))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)

@@ -36,7 +36,7 @@ def select(edges, logits, *, share, top):
 
 def of_all_processes(x):
     """The batches of all W training processes (B, ..) -> (W * B, ..), with gradients."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         return x
     return torch.cat(all_gather(x.contiguous()))                               # (W * B, ..)
 

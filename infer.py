@@ -138,20 +138,11 @@ def to_grey(map):
     return Image.fromarray((255 * map + 0.5).astype(np.uint8))
 
 
-def tint(grey):
-    """PIL L image of the map -> RGB from orange at 0.5 to red and violet at 1."""
-    channels = []
-    for low, high in ((255, 190), (170, 0), (0, 110)):                # red, green, blue
-        palette = np.interp(range(256), (127.5, 255), (low, high))    # (256,): constant up to 0.5
-        channels.append(grey.point(palette.round().astype(int).tolist()))
-    return Image.merge("RGB", channels)
-
-
 def overlay(picture, result):
     """The picture, tinted and outlined where the map lies above 0.5 -> PIL RGB."""
-    colours = tint(to_grey(result.map))
     mask = Image.fromarray(result.mask).convert("L")
-    canvas = Image.composite(colours, picture, mask.point(lambda value: 0.45 * value))
+    canvas = picture.copy()
+    canvas.paste("orangered", mask=mask.point(lambda value: 0.4 * value))
 
     # a contour that shows on dark and on bright: white, with black around it
     thickness = max(picture.size) // 800 + 1
@@ -181,8 +172,8 @@ def write_report(out, rows, names, checkpoint):
     count = Counter(row["decision"] for row in done)
     parts = [REPORT, f"<p>Pictures: {len(done)}, {count['manipulated']} called manipulated, "
              f"{len(failed)} failed. Model: {html.escape(model)}. {datetime.date.today()}.</p>"
-             f"<p><b>{caution}</b> Outlined and tinted, orange (0.5) to violet (1): where the map "
-             "lies above 0.5. Sorted by score.</p><main>\n"]
+             f"<p><b>{caution}</b> Outlined and tinted: where the map lies above 0.5. Sorted by "
+             "score.</p><main>\n"]
 
     for row in sorted(done, key=lambda row: -float(row["score"])):
         link = quote(f"{names[row['path']]}_overlay.png")
@@ -207,7 +198,6 @@ def collect(arguments, out):
         words += sys.stdin.read().splitlines() if argument == "-" else [argument]
 
     paths = []
-    endings = set()                                  # of what is no picture
     for word in words:
         if not word.strip():                         # it would be this folder
             continue
@@ -218,20 +208,17 @@ def collect(arguments, out):
         for path in sorted(Path(word).rglob("*")):
             hidden = path.name.startswith(".")
             ours = out.resolve() in path.resolve().parents
-            if path.suffix.lower() not in data.EXTENSIONS:
-                endings.add(path.suffix)
-            elif not hidden and not ours:
+            if path.suffix.lower() in data.EXTENSIONS and not hidden and not ours:
                 paths.append(path)
 
     if not any(path.exists() for path in paths):
-        endings = ", ".join(sorted(endings - {""})) or "nothing known"
-        raise ValueError(f"found no picture at {' '.join(words) or '-'} ({endings}), expected "
-                         f"files ({', '.join(data.EXTENSIONS)}), folders or a glob: check the path")
+        raise ValueError(f"found no picture at {' '.join(arguments)}, expected files "
+                         f"({', '.join(data.EXTENSIONS)}), folders or a glob: check the path")
     return list(dict.fromkeys(paths))
 
 
 def names_for(paths):
-    """{path as text: name of its output files}: the stem, with a number if that is taken."""
+    """Paths, texts -> {path: name of its output files}: the stem, numbered if that is taken."""
     names = {}
     taken = set()
     for path in paths:
@@ -242,7 +229,7 @@ def names_for(paths):
             number += 1
             name = f"{stem}~{number}"
         taken.add(name.lower())
-        names[str(path)] = name
+        names[path] = name
     return names
 
 
@@ -252,7 +239,7 @@ def read_rows(file):
         return {}
     with open(file, newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
-        if tuple(reader.fieldnames or ()) != FIELDS:
+        if reader.fieldnames != list(FIELDS):
             raise ValueError(f"found {file}, which is not of this program, expected a folder of "
                              "its own: choose another --out")
         return {row["path"]: row for row in reader}
@@ -285,7 +272,7 @@ def run(model, args):
         raise ValueError(f"found a file, {out}, expected a folder: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "results.csv")            # of an earlier run: they stay
-    names = names_for(dict.fromkeys([*rows, *map(str, paths)]))
+    names = names_for(rows | dict.fromkeys(map(str, paths)))
 
     failed = 0
     try:

@@ -56,7 +56,6 @@ class Config:
     # model
     clip: str = option("tiny", "start: tiny (the shipped SAPL), ViT-B/32, ViT-B/16, ViT-L/14, "
                                "ViT-L/14@336px, a file of CLIP weights, or a checkpoint of SAPL")
-    levels: list[int] = option((), "blocks whose features are used, from 1; none: thirds")
     context: int = option(8, "learned context tokens of a prompt", least=1)
     rho: float = option(0.05, "share of the patches that make the image score", least=0, most=1)
     zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")
@@ -99,13 +98,11 @@ def parse(arguments=None):
     for field in dataclasses.fields(Config):
         name = flag(field.name)
         text = field.metadata["help"]
-        if field.default not in ("", (), False):
+        if field.default not in ("", False):
             text += f" (default {field.default})"
 
         if field.type is bool:
             parser.add_argument(name, action="store_true", help=text)
-        elif field.type == list[int]:
-            parser.add_argument(name, nargs="+", type=int, metavar="N", help=text)
         else:
             parser.add_argument(name, type=field.type, choices=field.metadata["choices"], help=text)
     return vars(parser.parse_args(arguments))
@@ -238,8 +235,7 @@ def make_model(config, given):
     if not is_sapl(config.clip):
         tower = clip.load(config.clip)
         depth = len(tower.visual.transformer.resblocks)
-        if not config.levels:
-            settings["levels"] = sorted({max(1, depth * part // 3) for part in (1, 2, 3)})
+        settings["levels"] = sorted({max(1, depth * part // 3) for part in (1, 2, 3)})   # ours
         return ecpl.SAPL(tower, settings)
 
     old = ecpl.SAPL.load(None if config.clip == "tiny" else config.clip, device="cpu")
@@ -378,12 +374,6 @@ def calibrate(model, genuine):
 
 # ------------------------------------------------------------------------------------ a run's state
 
-def newest(out, name="last.pt"):
-    """The newest whole file of a run, or None. A kill can leave only the one before the last."""
-    paths = (Path(out, name), Path(out, name + ".previous"))
-    return next((path for path in paths if path.is_file()), None)
-
-
 def settings_of(given):
     """{setting: value} from the command line -> (Config, checkpoint to go on from or None)."""
     config = Config(**given)
@@ -392,22 +382,23 @@ def settings_of(given):
         if path.is_file():
             raise ValueError(f"found a file, {path}, expected a folder: choose another --out")
 
-    last = newest(out)
+    last = out / "last.pt"
     if not config.resume:
-        if last:
+        if last.exists():
             raise ValueError(f"found a run in {out}, expected an empty folder: add --resume, or "
                              "choose another --out")
         check(config, given)
         return config, None
 
-    if not last:
+    if not last.exists():
         raise ValueError(f"found no run in {out}, expected one for --resume: leave that out to "
                          "start, or name its --out")
 
     state = ecpl.load_checkpoint(last)
-    if "settings" not in state:
-        raise ValueError(f"found {last}, which holds no training, expected a run's: start anew")
-    own = state["settings"]
+    own = state.get("settings", {})
+    if set(own) != set(vars(config)):
+        raise ValueError(f"found {last}, which holds no training of this version, expected one: "
+                         "start anew")
     for name, value in given.items():
         if name not in FREE and value != own[name]:
             raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
@@ -417,7 +408,7 @@ def settings_of(given):
     if config.epochs < state["epoch"]:
         raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done "
                          f"{state['epoch']}, expected more: --epochs {2 * state['epoch']}")
-    if state["epoch"] > 0 and not newest(out, "best.pt"):
+    if state["epoch"] > 0 and not Path(out, "best.pt").exists():
         raise ValueError(f"found no best.pt in {out}, expected the one of {state['epoch']} "
                          "epochs: put it back, or start anew")
     return config, state
@@ -466,7 +457,7 @@ class Run:
         self.device, self.rank, self.world = connect(config.device)
 
         if state:
-            self.model = ecpl.SAPL.load(newest(config.out), "cpu", merge=False)
+            self.model = ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu", merge=False)
         else:
             self.model = make_model(config, given)
         self.model = self.model.to(self.device).train()
@@ -520,7 +511,7 @@ class Run:
 
 
 def check_sizes(config, model, processes=1):
-    """Raise ValueError for sizes and levels that do not fit the model, or the processes."""
+    """Raise ValueError for sizes that do not fit the model, or the processes."""
     unit = math.lcm(2, processes)
     if config.batch % unit:
         raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit}, of 2 and "
@@ -531,11 +522,6 @@ def check_sizes(config, model, processes=1):
                          f"pixels: try --size {max(p, config.size // p * p)}")
     if 0 < config.window < p:
         raise ValueError(f"found --window {config.window}, expected 0 or at least the patch, {p}")
-
-    blocks = len(model.clip.visual.transformer.resblocks)
-    levels = model.config["levels"]
-    if min(levels) < 1 or max(levels) > blocks:
-        raise ValueError(f"found --levels {levels}, expected blocks from 1 to {blocks}")
 
 
 # ------------------------------------------------------------------------------------------ loop
@@ -570,8 +556,8 @@ def train_epoch(run, objective, train_set, stop):
         *losses, length, stopping = run.agree([*losses.detach(), length, stop.number])
         if not math.isfinite(losses[0] + length):
             raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
-                             f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr; "
-                             f"the last good state is {newest(config.out) or 'not saved yet'}")
+                             f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr, "
+                             "start anew")
 
         # update
         for group in run.optimizer.param_groups:
@@ -643,8 +629,7 @@ def finish(run, genuine):
     """Calibrate best.pt on held-out genuine pictures and say what comes next."""
     config = run.config
     best = Path(config.out, "best.pt")
-    kept = newest(config.out, best.name)
-    model = infer.SAPL.load(kept, run.device, config.precision, merge=False)
+    model = infer.SAPL.load(best, run.device, config.precision, merge=False)
     calibrate(model, genuine)
     ecpl.save_checkpoint(best, model)
     row = best_of(run.history)
@@ -662,9 +647,14 @@ def main(arguments=None):
     except BrokenPipeError:                      # who read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ConnectionError, EOFError) as error:     # while it handed over a batch
-        print(f"error: DataLoader worker is gone ({error}): try fewer --workers; --resume goes on "
-              "from the last save", file=sys.stderr)
+    except (MemoryError, ConnectionError, EOFError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        known = re.search("(out of|allocate) memory|DataLoader worker", reason)
+        if isinstance(error, RuntimeError) and not known:
+            raise
+        print(f"error: memory is short, or a process that loads pictures died ({reason}): lower "
+              "--batch, --size or --workers; --resume goes on from the last save",
+              file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
@@ -672,16 +662,6 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("interrupted: what is saved is kept, --resume goes on from it", file=sys.stderr)
         return 130
-    except (MemoryError, RuntimeError) as error:
-        reason = (str(error) or "out of memory").splitlines()[0]
-        if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", reason):
-            remedy = "lower --batch or --size"
-        elif reason.startswith("DataLoader worker"):
-            remedy = "try fewer --workers"
-        else:
-            raise
-        print(f"error: {reason}: {remedy}; --resume goes on from the last save", file=sys.stderr)
-        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

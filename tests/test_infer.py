@@ -256,16 +256,6 @@ def test_the_overlay_of_a_picture_without_a_region_is_the_picture():
     assert np.array_equal(np.asarray(sheet), np.asarray(picture))
 
 
-def test_the_colours_tell_how_far_above_one_half():
-    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])               # (1, 256)
-    colours = np.asarray(infer.tint(ramp)).astype(int)[0]                      # (256, 3)
-    assert (colours[:128] == colours[0]).all()               # below 0.5: not shown
-    weights = np.array([0.2126, 0.7152, 0.0722])
-    luminance = (colours / 255) ** 2.2 @ weights                               # (256,)
-    assert (np.diff(luminance[128:]) <= 1e-3).all()          # one way only, but for rounding
-    assert luminance[128] - luminance[255] > 0.3
-
-
 # ---------------------------------------------------------------------------------- many pictures
 
 GOOD = {"grey.png": "L", "palette.png": "P", "alpha.png": "RGBA", "cmyk.jpg": "CMYK",
@@ -550,7 +540,7 @@ def test_wrong_calls_exit_2_with_one_line(zoo, infer_main, tmp_path, capsys, mon
         "found no picture": ["-"],                           # nothing on standard input
         "found a file, file": [zoo / "grey.png", "--out", "file"],
         str(Path("mine/results.csv")): [zoo / "grey.png", "--out", "mine"],
-        ".heic": ["heic"],
+        ".webp), folders": ["heic"],
     }
     for expected, words in calls.items():
         assert infer_main(*words) == 2

@@ -71,7 +71,7 @@ def words_of(config):
 
 def start_or_resume(config):
     """Train; go on where the folder of the run has one."""
-    if train.newest(config.out) is None:
+    if not Path(config.out, "last.pt").exists():
         return train.train(config)
     config, state = train.settings_of({"out": config.out, "resume": True})
     return train.train(config, state)
@@ -216,17 +216,25 @@ def ends(disturbed):
 
 # ------------------------------------------------------------------------------- what is learned
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_learns(place, precision):
-    """Noise in a drawn picture is found in pictures that were never seen."""
-    if not (place / "large").exists():
-        draw_set(place / "large", 60)
-    config = settings(place, f"learned-{precision}", data=str(place / "large"), val=0.3, epochs=4,
-                      zoom=4, lora_share=1.0, lr=3e-3, precision=precision)
+def test_training_learns(place):
+    """Noise in a drawn picture is found in pictures that were never seen; in the number format that
+    is fast here."""
+    draw_set(place / "large", 60)
+    config = settings(place, "learned", data=str(place / "large"), val=0.3, epochs=4, zoom=4,
+                      lora_share=1.0, lr=3e-3, precision="auto")
     train.train(config)
     history = saved(config)["history"]
     assert history[-1]["val_auc"] > 0.8                          # 36 pictures, chance: 0.5 +- 0.1
     assert history[-1]["entropy"] < 0.8 * history[0]["entropy"]
+
+
+def test_bf16_trains_nearly_as_fp32(place, reference):
+    """With two processes that load, too."""
+    config = settings(place, "bf16", precision="bf16", workers=2)
+    train.train(config)
+    for half, full in zip(saved(config)["history"], saved(reference.config)["history"], strict=True):
+        assert half["loss"] != full["loss"]
+        assert abs(half["loss"] / full["loss"] - 1) < 0.02
 
 
 def test_lora_and_ecpl_learn_and_nothing_else(reference):
@@ -461,14 +469,13 @@ def test_enough_genuine_pictures_need_no_note(place, capsys):
 
 
 def test_calibration_survives_a_kill(place, reference, monkeypatch):
-    """Killed after the last epoch: --resume calibrates; killed between two renames: too."""
+    """Killed after the last epoch: --resume calibrates."""
     config = settings(place, "uncalibrated")
     with monkeypatch.context() as patch:
         patch.setattr(train, "calibrate", kill)
         with pytest.raises(Killed):
             train.train(config)
     assert saved(config, "best.pt")["model"]["map_shift"] == 0
-    os.replace(Path(config.out, "best.pt"), Path(config.out, "best.pt.previous"))
     assert train.main(["--out", config.out, "--resume"]) == 0
     assert same(saved(config, "best.pt"), saved(reference.config, "best.pt"))
     assert saved(config, "best.pt")["model"]["map_shift"] != 0
@@ -590,7 +597,7 @@ def test_a_worker_that_dies_while_saving_is_named(place, monkeypatch, capsys):
     monkeypatch.setattr(torch, "save", save)
     assert train.main(words_of(settings(place, "worker", epochs=1))) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: DataLoader worker (pid 1) is killed")
+    assert "died (DataLoader worker (pid 1) is killed" in error
     assert "make room" not in error
 
 
@@ -602,7 +609,7 @@ def test_a_loss_that_is_no_number_stops_and_is_not_saved(place, batch):
     with pytest.raises(ValueError, match="found .*nan.* epoch .*lower --lr") as error:
         train.train(config)
     assert "None" not in str(error.value)
-    assert train.newest(config.out) is None
+    assert not Path(config.out, "last.pt").exists()
 
 
 @pytest.mark.parametrize("where", ["read_pictures", "calibrate"])
@@ -619,22 +626,21 @@ def test_ctrl_c_beside_the_loop_is_one_line(place, monkeypatch, capsys, where):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("error, words", [
-    (MemoryError(), "memory: lower --batch"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-     "memory.*: lower --batch"),
+@pytest.mark.parametrize("error, reason", [
+    (MemoryError(), "MemoryError"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "CUDA out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-     "memory.*: lower --batch"),
-    (ConnectionResetError(104, "reset by peer"), "DataLoader worker is gone.*: try fewer --worker"),
-    (EOFError(), "DataLoader worker is gone.*: try fewer --workers")])
-def test_what_breaks_a_step_is_one_line(place, monkeypatch, capsys, error, words):
+     "allocate memory"),
+    (ConnectionResetError(104, "reset by peer"), "reset by peer"),
+    (EOFError(), "EOFError")])
+def test_what_breaks_a_step_is_one_line(place, monkeypatch, capsys, error, reason):
     def forward(*arguments):
         raise error
 
     monkeypatch.setattr(train.Objective, "forward", forward)
     assert train.main(words_of(settings(place, "broken"))) == 1
     line, = capsys.readouterr().err.strip().splitlines()
-    assert re.match(f"error: .*{words}", line)
+    assert re.match(f"error: memory is short.*{reason}.*: lower --batch.*--resume", line)
 
 
 # ---------------------------------------------------------------------------------------- resume
@@ -681,7 +687,6 @@ def test_resume_without_its_best(place, reference, capsys):
     out = place / "no-best"
     shutil.copytree(reference.config.out, out)
     (out / "best.pt").unlink()
-    (out / "best.pt.previous").unlink()
     assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 2
     assert "best.pt" in capsys.readouterr().err
     assert not (out / "best.pt").exists()
@@ -752,13 +757,12 @@ def test_a_signal_to_one_process_stops_both(place, monkeypatch, number, steps):
 
 def test_command_line_is_the_dataclass():
     assert train.parse([]) == {}
-    words = "--data X --levels 1 2 --resume --lr 1e-3 --lora-rank 4"
-    assert train.parse(words.split()) == {"data": "X", "levels": [1, 2], "resume": True, "lr": 1e-3,
-                                          "lora_rank": 4}
+    words = "--data X --resume --lr 1e-3 --lora-rank 4"
+    assert train.parse(words.split()) == {"data": "X", "resume": True, "lr": 1e-3, "lora_rank": 4}
 
 
 @pytest.mark.parametrize("words", ["--dta X", "--dat X", "--batch many", "--precision fp8",
-                                   "--levels", "--resume yes"])
+                                   "--levels 3", "--resume yes"])
 def test_unknown_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as stop:
         train.parse(words.split())
@@ -829,8 +833,6 @@ def test_size_below_the_patch():
     ("--batch 9", "--batch 9, expected a multiple of 2"),
     ("--size 50", "--size 50, expected a multiple of the patch, 16 pixels: try --size 48"),
     ("--window 8", "--window 8"),
-    ("--levels 7", "7]?, expected .* from 1 to 2"),
-    ("--levels 0 1", "0.*, expected .* from 1 to 2"),
     ("--context 80", "80 context tokens, expected at most 64: lower --context"),
     ("--zoom 3", "--zoom 3, expected a divisor of the patch size, 16"),
     ("--device tpu", "--device tpu, expected one of auto, cpu"),
@@ -873,7 +875,7 @@ def test_a_wrong_call_is_one_line_before_any_training(place, reference, tmp_path
     ("exception", 1, "RuntimeError: unforeseen"),
     ("SIGINT", 130, "stopped and saved: go on with `python train.py --out {} --resume`"),
     ("SIGTERM", 143, "stopped and saved: go on with `python train.py --out {} --resume`"),
-    ("dead loader", 1, "error: DataLoader worker"),
+    ("dead loader", 1, "a process that loads pictures died"),
     ("SIGKILL", -9, ""),
     ("head", 1, "36 pictures to train")])
 def test_every_end_is_over_and_leaves_a_checkpoint(place, ends, name, status, words):
@@ -887,7 +889,7 @@ def test_every_end_is_over_and_leaves_a_checkpoint(place, ends, name, status, wo
     config, state = train.settings_of({"out": str(place / name), "resume": True})
     assert state["epoch"] == len(state["history"]) >= 1
     assert state["step"] == (2 if name in ("SIGINT", "SIGTERM") else 0)
-    assert ecpl.SAPL.load(train.newest(config.out), "cpu").config["clip"] == config.clip
+    assert ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu").config["clip"] == config.clip
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
