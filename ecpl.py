@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 import clip
 
@@ -361,7 +361,7 @@ def regions(logits, radius=1):
 
 # ----------------------------------------------------------------------------------------- files
 
-FORMAT = 2
+FORMAT = 3
 
 
 def is_backbone(key):
@@ -461,7 +461,8 @@ def demo(out="out/method.png"):
     edge = soft_edges(image)                                                   # (1, 1, H, W)
     variation = feature_variation(levels[-1], h, w).mean(dim=-1)               # (1, N)
     variation = variation.view(1, h, w) / variation.max()                      # (1, h, w)
-    answer = regions(output.logits) - model.map_shift                          # (1, h, w)
+    relative = output.logits - output.logits.mean()                            # (1, h, w)
+    answer = regions(relative) - model.map_shift                               # (1, h, w)
 
     print(f"image {tuple(image.shape)}, soft edges {tuple(edge.shape)} up to {edge.max():.2f}")
     print(f"{len(levels)} levels {tuple(levels[-1].shape)}; the quarter where the last varies "
@@ -477,11 +478,9 @@ def demo(out="out/method.png"):
     for grey in (edge[0, 0], variation[0], answer[0].sigmoid(), answer[0] > 0):
         grey = (255 * grey).byte().numpy()
         panels.append(Image.fromarray(grey).resize(picture.size))
-    sheet = Image.new("RGB", (5 * (picture.width + 8), picture.height), "white")
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i * (picture.width + 8), 0))
+    framed = [ImageOps.expand(panel.convert("RGB"), 4, "white") for panel in panels]
     Path(out).parent.mkdir(exist_ok=True)
-    sheet.save(out)
+    Image.fromarray(np.hstack(framed)).save(out)
     print(f"picture, soft edges, feature variation, map, mask: {out}")
 
 

@@ -491,7 +491,7 @@ def test_wrong_checkpoints_are_named_in_one_line(tmp_path, what):
 
 def test_an_older_format_is_refused(tmp_path):
     torch.save({"format": 1, "config": {}, "clip": {}, "model": {}}, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match="format 1, expected format 2.*train it again"):
+    with pytest.raises(ValueError, match="format 1, expected format 3.*train it again"):
         ecpl.SAPL.load(tmp_path / "old.pt", "cpu")
 
 

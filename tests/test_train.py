@@ -442,14 +442,14 @@ def test_log(reference):
 # ----------------------------------------------------------------------------------- calibration
 
 def test_few_of_the_genuine_lie_above_one_half(reference):
-    """At most 5 % of the pixels and 10 % of the pictures on which best.pt is calibrated."""
+    """At most 7 % of the pixels and 10 % of the pictures on which best.pt is calibrated."""
     best = Path(reference.config.out, "best.pt")
     model = infer.SAPL.load(best, "cpu", "fp32", merge=False)
     _, held_out = train.read_pictures(reference.config)
     rng = np.random.default_rng(0)
     found = [model.localize(train.worn(p.path, rng)) for p in held_out if p.label == 0]
     assert len(found) == 6
-    assert 0.03 < np.mean([result.mask.mean() for result in found]) <= 0.05
+    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.07
     scores = [result.score for result in found]
     assert np.mean([score > 0.5 for score in scores]) <= 0.1
     assert max(scores) == pytest.approx(0.5)                     # no higher than it must be
