@@ -18,6 +18,7 @@ descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
    "rotated", "reduced", "smooth", "shifted" or "inverted".
 
 Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
+Best on a processor that multiplies bfloat16: torch's Muon always does, elsewhere very slowly.
 """
 import argparse
 import copy
