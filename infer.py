@@ -94,8 +94,8 @@ class SAPL(ecpl.SAPL):
         return total / times                                          # (h, w)
 
     def logits_of(self, picture, raw=False):
-        """PIL RGB -> logits of the map (H, W) and of the score (), before calibration: how far they
-        lie above the picture's mean.
+        """PIL RGB -> logits of the map (H, W), less their mean, and of the score (), before
+        calibration.
 
         raw: the map as the network gives it, not closed, filled and smoothed. Raises ValueError.
         """
@@ -108,9 +108,8 @@ class SAPL(ecpl.SAPL):
             raise ValueError("found an answer that is not a number, expected numbers: the "
                              "checkpoint is damaged, or try --precision fp32")
 
-        # ours: a trace that a picture has all over, blur or noise, tells nothing of a change in it
-        grid = grid - grid.mean()                                     # (h, w)
         score = ecpl.pool_score(grid.flatten()[None], self.config["rho"])[0]      # ()
+        grid = grid - grid.mean()                # ours: what is everywhere tells nothing of where
         if not raw:
             grid = ecpl.regions(grid[None])[0]                        # (h, w)
         W, H = picture.size
