@@ -97,10 +97,9 @@ class ECPL(nn.Module):
     context tokens a class. s: the spread of the tower's word embeddings, so that o moves prompts in
     steps of their own size; o starts at zero, so training starts from P = V [ours].
 
-    What it brings (tests/README.md): with a CLIP pretrained with the two class words, at most 0.006
-    of the best F1. With one that was not, frozen, prompts that read the picture add 0.02 to the
-    best F1 on synthetic pictures and cost 0.01 of the pixel AUC on composites; with LoRA the seeds
-    differ by more than that. Edges add nothing to it.
+    What it brings (tests/README.md): with a CLIP whose pretraining said which part is pasted, at
+    most 0.006 of the best F1; with one that knew sources and histories alone, where a picture's own
+    features have most to say, nothing that could be measured. Edges add nothing to it.
 
     levels: how many. context: M; ValueError if the text tower is too short for it.
     """

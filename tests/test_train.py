@@ -232,7 +232,8 @@ def test_bf16_trains_nearly_as_fp32(place, reference):
     """With two processes that load, too."""
     config = settings(place, "bf16", precision="bf16", workers=2)
     train.train(config)
-    for half, full in zip(saved(config)["history"], saved(reference.config)["history"], strict=True):
+    histories = saved(config)["history"], saved(reference.config)["history"]
+    for half, full in zip(*histories, strict=True):
         assert half["loss"] != full["loss"]
         assert abs(half["loss"] / full["loss"] - 1) < 0.02
 
