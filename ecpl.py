@@ -99,7 +99,7 @@ class ECPL(nn.Module):
 
     What it brings (tests/README.md): with a CLIP whose pretraining said which part is pasted, at
     most 0.006 of the best F1; with one that knew sources and histories alone, where a picture's own
-    features have most to say, nothing that could be measured. Edges add nothing to it.
+    features have most to say, 0.007 of one image AUC, and -0.005 of the best F1. Edges add nothing.
 
     levels: how many. context: M; ValueError if the text tower is too short for it.
     """
