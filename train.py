@@ -408,7 +408,7 @@ def settings_of(given):
     if config.epochs < state["epoch"]:
         raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done "
                          f"{state['epoch']}, expected more: --epochs {2 * state['epoch']}")
-    if state["epoch"] > 0 and not Path(out, "best.pt").exists():
+    if state["epoch"] > 0 and not (out / "best.pt").exists():
         raise ValueError(f"found no best.pt in {out}, expected the one of {state['epoch']} "
                          "epochs: put it back, or start anew")
     return config, state
