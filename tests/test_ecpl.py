@@ -523,6 +523,7 @@ def test_devices(monkeypatch):
     assert ecpl.pick_device("auto") == torch.device("mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert ecpl.pick_device("auto") == ecpl.pick_device("cuda") == torch.device("cuda:0")
+    assert ecpl.pick_device(torch.device("cuda")) == torch.device("cuda:0")
     assert ecpl.pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="found --device cuda:2, expected one of auto, cuda:0"):
         ecpl.pick_device("cuda:2")

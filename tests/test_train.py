@@ -195,7 +195,8 @@ def train_all_disturbed(place):
 def disturbed(place):
     """The process that makes the others."""
     process = subprocess.Popen([sys.executable, __file__, str(place)], stdout=subprocess.PIPE,
-                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                               env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                                    "CUDA_VISIBLE_DEVICES": ""},
                                text=True, start_new_session=True)
     yield process
     if process.poll() is None:
@@ -700,6 +701,10 @@ def test_a_run_is_not_overwritten(reference, capsys):
 
 # ------------------------------------------------------------------------------ several processes
 
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA "
+                                  "must not fork: set CUDA_VISIBLE_DEVICES= to run this")
+
+
 def in_two_processes(config):
     """Train as `torchrun --nproc_per_node=2` does, with gloo -> both exit statuses."""
     with socket.socket() as probe:
@@ -721,6 +726,7 @@ def in_two_processes(config):
     return [process.exitcode for process in both]
 
 
+@without_cuda
 def test_two_processes_are_one(place, reference):
     """The same global batch on two processes: the same losses, queues and weights."""
     config = settings(place, "two")
@@ -735,6 +741,7 @@ def test_two_processes_are_one(place, reference):
     assert one["hecl"]["queues.0.filled"] == 40                  # full, so it has wrapped
 
 
+@without_cuda
 @pytest.mark.parametrize("number, steps", [(1, [1]), (2, [4, 5])])
 def test_a_signal_to_one_process_stops_both(place, monkeypatch, number, steps):
     """When the second process begins to load for training, or for validation. The first saves,
@@ -836,7 +843,7 @@ def test_size_below_the_patch():
     ("--window 8", "--window 8"),
     ("--context 80", "80 context tokens, expected at most 64: lower --context"),
     ("--zoom 3", "--zoom 3, expected a divisor of the patch size, 16"),
-    ("--device tpu", "--device tpu, expected one of auto, cpu"),
+    ("--device tpu", "--device tpu, expected one of auto, .*cpu"),
     ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
     ("--clip {0}/set/au/0.png", "0.png: no readable archive of weights"),
     ("--data {0}/set/au/0.png", "found a picture, .*0.png, expected a folder or list"),

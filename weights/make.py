@@ -1,13 +1,13 @@
 """The shipped model's CLIP, pretrained to read editing histories. Run by hand; resumable.
 
-    python weights/make.py --photos DIR [DIR ..] --out runs/tower [--teacher FILE] --minutes 360
+    python weights/make.py --photos DIR [DIR ..] --out runs/tower [--teacher FILE] --minutes 8
     python train.py --synthesize DIR --clip runs/tower/tower.pt     then SAPL, by image labels
 
 Pictures are pasted together from genuine photos; each part has an editing history of its own, told
 in words ("manipulated, splice, quality 60, blurred"). One picture then teaches hundreds of patches.
-No label and no mask of a person is used: the generator knows what it did. All of it is ours; its
-neighbours: CLIM (regions of mosaics against their texts), Editprint (editing chains and their
-descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
+No label and no mask of a person is used: the generator (pictures.py) knows what it did. All of it
+is ours; its neighbours: CLIM (regions of mosaics against their texts), Editprint (editing chains
+and their descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
 
 1. Distillation (only with --teacher, a CLIP of image width 192 with 16-pixel patches): new weights
    learn to predict the teacher's tokens after each block. It sees each crop enlarged twice, so that
@@ -15,18 +15,21 @@ descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
 2. Regions: patches against the captions of their part; the map of "manipulated" against "genuine";
    patches of one source attract, all others repel. In half of the batches (--told) nobody says
    which part is pasted: histories alone in the captions, no map. Still, only pasted parts are
-   "rotated", "reduced", "smooth", "shifted" or "inverted".
+   "smooth".
 
 Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
-Best on a processor that multiplies bfloat16: torch's Muon always does, elsewhere very slowly.
+For a GPU; on a processor give --pairs 12 and hours.
 """
 import argparse
 import copy
 import csv
+import itertools
 import math
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -35,286 +38,335 @@ import numpy as np                                              # noqa: E402 (pa
 import torch                                                    # noqa: E402
 import torch.nn as nn                                           # noqa: E402
 import torch.nn.functional as F                                 # noqa: E402
-from PIL import Image                                           # noqa: E402
-from torch.utils.data import DataLoader, Dataset                # noqa: E402
 
 import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
+import pictures                                                 # noqa: E402
 import synthesis                                                # noqa: E402
-from ecpl import CLASSES, pool_score                            # noqa: E402
+from ecpl import CLASSES, pick_device, pool_score               # noqa: E402
+from pictures import send                                       # noqa: E402
 from train import auc                                           # noqa: E402
 
 SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=6, vision_width=192,
              vision_patch_size=8, context_length=77, vocab_size=514, transformer_width=128,
              transformer_layers=3, stem=(32, 96))
-BATCHES = ((96, 20), (128, 12), (192, 5))        # (pixels, pairs), in turn: about equal work
-
-
-# -------------------------------------------------------------------------------------- pictures
-
-def edit_history(image, rng):
-    """A PIL RGB image after a random chain of edits -> (image, its words)."""
-    words = []
-    if rng.random() < 0.5:                       # half of the photos: JPEG at most
-        if rng.random() < 0.4:
-            image, word = compressed(image, rng)
-            words.append(word)
-        return image, words
-    if rng.random() < 0.4:
-        factor = 2 ** rng.uniform(0.2, 1.2)
-        small = [max(8, round(side / factor)) for side in image.size]
-        image = image.resize(small, Image.Resampling.BICUBIC)
-        image = image.resize((image.width, image.height), Image.Resampling.BICUBIC)
-        words.append("enlarged")
-    for _ in range(rng.integers(0, 3)):
-        image, word = synthesis.random_edit(image, rng)
-        words.append(word)
-    if rng.random() < 0.6:
-        image, word = compressed(image, rng)
-        words.append(word)
-    return image, words
-
-
-def compressed(image, rng):
-    """A PIL RGB image after JPEG -> (image, its quality in words, in tens)."""
-    quality = int(rng.integers(40, 99))
-    return data.jpeg(image, quality, rng.integers(0, 8, 2)), f"quality {quality // 10 * 10}"
-
-
-class HistorySet(synthesis.PairSet):
-    """Pairs of a genuine picture and its manipulation, whose parts have histories of their own."""
-
-    def pair(self, number):
-        """-> (genuine and manipulated image, PIL RGB; region, PIL L; a key of synthesis.KINDS;
-        words of both parts' histories)."""
-        rng = self.rng(number)
-        size = (self.size, self.size)
-        photo, donor = self.windows(self.work_size(rng), rng)
-        photo, history = edit_history(photo, rng)
-        donor, donor_history = edit_history(donor, rng)
-        image, region, kind, words = synthesis.synthesize(photo, donor, rng)
-
-        before = donor_history if kind == "splice" else history
-        genuine = data.degrade(photo, size, self.rng(number, 1))
-        manipulated = data.degrade(image, size, self.rng(number, 1))
-        region = region.resize(size, Image.Resampling.BOX)
-        return genuine, manipulated, region, kind, history, [*before, *words]
-
-
-class Batches(Dataset):
-    """Batch i -> (images (B, 3, S, S), inside (B, N), source (B, 2), classes and histories: texts
-    of 2 parts a pair).
-
-    inside: the share of each patch that is manipulated. source: the number of the source of a
-    picture's genuine and of its manipulated part, the place of its texts in both lists too.
-    """
-
-    def __init__(self, photos, seed):
-        photos = [np.asarray(data.open_image(path)) for path in photos]
-        self.sets = [HistorySet(photos, size=size, count=0, seed=seed) for size, _ in BATCHES]
-
-    def __len__(self):
-        return 10 ** 7
-
-    def __getitem__(self, i):
-        images, regions, sources, classes, histories = [], [], [], [], []
-        pictures = self.sets[i % len(BATCHES)]
-        _, pairs = BATCHES[i % len(BATCHES)]
-        for k in range(pairs):
-            genuine, manipulated, region, kind, *words = pictures.pair(i * pairs + k)
-            images += [data.to_tensor(genuine), data.to_tensor(manipulated)]
-            region = torch.from_numpy(np.asarray(region, np.float32) / 255)      # (S, S)
-            regions += [torch.zeros_like(region), region]
-            sources += [(2 * k, 2 * k + 1)] * 2
-            classes += [CLASSES[0], f"{CLASSES[1]}, {kind}"]
-            histories += [", ".join(part) for part in words]
-        inside = F.avg_pool2d(torch.stack(regions), 8).flatten(1)                # (B, N)
-        return torch.stack(images), inside, torch.tensor(sources), classes, histories
-
-
-class Crops(Dataset):
-    """Batch i of square crops for the distillation: uint8 (B, 3, S, S), most of them small."""
-
-    def __init__(self, photos, seed):
-        photos = [np.asarray(data.open_image(path)) for path in photos]
-        self.sets = [synthesis.PairSet(photos, size=size, count=0, seed=seed) for size in (64, 128)]
-
-    def __len__(self):
-        return 10 ** 7
-
-    def __getitem__(self, i):
-        large = i % 4 == 3
-        crops = self.sets[1 if large else 0]
-        images = []
-        for k in range(6 if large else 24):
-            rng = crops.rng(i, k)
-            image, _ = crops.windows(crops.size, rng)
-            if rng.random() < 0.4:
-                image, _ = synthesis.random_edit(image, rng)
-            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))    # (3, S, S)
-        return torch.stack(images)                                               # (B, 3, S, S)
+SIDES = (96, 160, 256)                   # of the pictures, pixels, in turn
+AT_ONCE = 8                              # batches that are made together
+CLASS_CAPTIONS = [(name,) for name in CLASSES]
 
 
 # ---------------------------------------------------------------------------------------- losses
 
-def distillation(student, teacher, image, alone):
-    """Relative errors of the embedding and of each block, [()] each.
+class Distillation(nn.Module):
+    """Relative errors of the embedding and of each block of a student against its teacher."""
 
-    image uint8 (B, 3, S, S). A block starts from the teacher's tokens, with chance `alone` from the
-    student's own, so that it learns to mend their errors.
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.names = [f"block{i}" for i in range(1 + len(student.transformer.resblocks))]
+        self.weights = [1.0] * len(self.names)
+
+    def forward(self, pixels, alone):
+        """pixels (B, 3, S, S) -> (1 + blocks,). A block starts from the teacher's tokens, with
+        chance `alone`, (), from the student's own, so that it learns to mend their errors."""
+        blocks = self.student.transformer.resblocks
+        with torch.no_grad():
+            twice = F.interpolate(pixels, scale_factor=2, mode="bilinear")
+            tokens = [self.teacher.embed(twice)]                                 # [(B, 1 + N, Dv)]
+            for block in self.teacher.transformer.resblocks[:len(blocks)]:
+                tokens.append(block(tokens[-1]))
+        own = self.student.embed(pixels)                                         # (B, 1 + N, Dv)
+        losses = [(own - tokens[0]).float().square().mean() / tokens[0].float().var()]
+        use_own = torch.rand(len(pixels), 1, 1, device=own.device) < alone       # (B, 1, 1)
+        for block, before, after in zip(blocks, tokens, tokens[1:]):
+            own = block(torch.where(use_own, own, before))                       # (B, 1 + N, Dv)
+            change = (after - before).float().var()
+            losses.append((own - after).float().square().mean() / change)
+        return torch.stack(losses)
+
+
+@lru_cache(maxsize=None)
+def token_ids(words):
+    """The token ids of a few words, without start and end."""
+    tokens = clip.tokenize(words, SIZES["context_length"], SIZES["vocab_size"])[0]
+    return tokens[1:int(tokens.argmax())].tolist()
+
+
+def tokens_of(captions, length):
+    """Captions, T tuples of words -> token ids (T, length), numpy; what is too long is cut off."""
+    start, end = SIZES["vocab_size"] - 2, SIZES["vocab_size"] - 1
+    tokens = np.zeros((len(captions), length), dtype=np.int64)
+    for row, caption in zip(tokens, captions):
+        ids = []
+        for words in caption:
+            ids += [*token_ids(words), *token_ids(",")]
+        ids = [start, *ids[:-1][:length - 2], end]
+        row[:len(ids)] = ids
+    return tokens
+
+
+def class_logits(features, texts):
+    """The map, logits (B, N): texts (2, D), the features of "genuine" and "manipulated"."""
+    return 10 * features @ (texts[1] - texts[0])
+
+
+def same_source(z, source, pick):
+    """Patches of one source attract, all others of the batch repel: InfoNCE -> scalar.
+
+    z (B, N, d), source (B, N), pick (B, K): the patches of each picture that take part.
     """
-    pixels = clip.normalize(image.float() / 255)                                 # (B, 3, S, S)
-    blocks = student.transformer.resblocks
-    with torch.no_grad():
-        twice = F.interpolate(pixels, scale_factor=2, mode="bilinear")
-        tokens = [teacher.embed(twice)]                                          # [(B, 1 + N, Dv)]
-        for block in teacher.transformer.resblocks[:len(blocks)]:
-            tokens.append(block(tokens[-1]))
-    own = student.embed(pixels)                                                  # (B, 1 + N, Dv)
-    losses = [(own - tokens[0]).float().square().mean() / tokens[0].float().var()]
-    use_own = (torch.rand(len(pixels), 1, 1) < alone).to(own.dtype)              # (B, 1, 1)
-    for block, before, after in zip(blocks, tokens, tokens[1:]):
-        own = block(use_own * own + (1 - use_own) * before)                      # (B, 1 + N, Dv)
-        change = (after - before).float().var()
-        losses.append((own - after).float().square().mean() / change)
-    return losses
-
-
-def text_features(model, texts):
-    """Texts -> unit features (T, D)."""
-    texts = [text[:75] for text in texts]        # a letter is a token; 75 fit between both ends
-    tokens = clip.tokenize(texts, SIZES["context_length"], SIZES["vocab_size"])
-    tokens = tokens[:, :int(tokens.argmax(dim=1).max()) + 1]                     # (T, L)
-    return F.normalize(model.encode_text(tokens), dim=-1)                        # (T, D)
-
-
-def patch_features(model, image):
-    """image (B, 3, S, S) in [0, 1] -> unit features (B, N, D)."""
-    _, features = model.encode_patches(clip.normalize(image))
-    return F.normalize(features.float(), dim=-1)                                 # (B, N, D)
-
-
-def class_logits(model, features):
-    """The map: logits (B, N) of "manipulated" against "genuine"."""
-    genuine, manipulated = text_features(model, list(CLASSES)).float()           # (D,)
-    return 10 * features @ (manipulated - genuine)                               # (B, N)
-
-
-def same_source(z, source, weight):
-    """Patches of one source attract, all others of the batch repel: z (B, N, d), source and weight
-    (B, N) -> scalar. InfoNCE over 24 patches a picture, drawn by weight."""
-    B, N, d = z.shape
-    pick = torch.multinomial(weight + 1e-9, min(24, N), replacement=True)        # (B, K)
-    z = F.normalize(z.gather(1, pick[..., None].expand(-1, -1, d)), dim=-1).flatten(0, 1)
+    z = z.gather(1, pick[..., None].expand(-1, -1, z.shape[-1]))
+    z = F.normalize(z, dim=-1).flatten(0, 1)                                     # (A, d)
     source = source.gather(1, pick).flatten()                                    # (A,)
-    alone = torch.eye(len(z), dtype=torch.bool)                                  # (A, A)
+
+    alone = torch.eye(len(z), dtype=torch.bool, device=z.device)                 # (A, A)
     same = (source[:, None] == source) & ~alone
     similarity = (z @ z.T / 0.1).masked_fill(alone, -1e4)                        # (A, A)
     positive = similarity.masked_fill(~same, -1e4).logsumexp(dim=1)              # (A,)
     loss = similarity.logsumexp(dim=1) - positive
-    return loss[same.any(dim=1)].mean()
+    found = same.any(dim=1)
+    return (found * loss).sum() / found.sum()
 
 
-def region_losses(model, heads, batch, told):
-    """-> {name: scalar} for a batch of Batches. told: say which part is pasted."""
-    image, inside, sources, classes, captions = batch
-    B, N = inside.shape
-    manipulated = (inside > 0.6).float()                                         # (B, N)
-    genuine = (inside < 0.05).float()                # patches between are left out
+class Targets(NamedTuple):
+    """What a step learns from, all of fixed shapes: T captions for the B pictures' parts."""
+    pixels: torch.Tensor         # (B, 3, S, S), normalised
+    manipulated: torch.Tensor    # (B, N), 0 or 1
+    weight: torch.Tensor         # (B, N), of each patch; the sum is 1
+    source: torch.Tensor         # (B, N), the part that a patch is from
+    pick: torch.Tensor           # (B, 16), patches drawn by weight
+    known: torch.Tensor          # (B,), 0 or 1
+    tokens: torch.Tensor         # (T + 2, L) of the distinct captions, zeros, and the two classes
+    count: torch.Tensor          # (), how many captions are distinct
+    caption: torch.Tensor        # (B, N), the caption of each patch
+
+
+@torch.no_grad()
+def targets_of(batch, told):
+    """A pictures.Batch, its images normalised -> Targets; told: captions say what is pasted."""
+    device = batch.image.device
+    known = batch.known.float()
+    manipulated = (batch.inside > 0.6) * known[:, None]                          # (B, N)
+    genuine = (batch.inside < 0.05).float()          # patches between are left out
     both = genuine / genuine.sum(1, keepdim=True).clamp(min=1)
     both = both + manipulated / manipulated.sum(1, keepdim=True).clamp(min=1)    # (B, N)
-    weight = both / both.sum()
-    source = torch.where(inside > 0.6, sources[:, 1:], sources[:, :1])           # (B, N)
+    first = torch.arange(len(known), device=device)[:, None] // 2 * 2            # (B, 1)
+    source = torch.where(batch.inside > 0.6, first + 1, first)                   # (B, N)
 
+    captions = [tuple(words) for words in batch.histories]
     if told:
-        captions = [f"{name}, {caption}" for name, caption in zip(classes, captions)]
+        captions = [(name, *words) for name, words in zip(batch.classes, captions)]
     distinct = list(dict.fromkeys(captions))
-    place = torch.tensor([distinct.index(caption) for caption in captions])      # of each part
-
-    features = patch_features(model, image)                                      # (B, N, D)
-    texts = text_features(model, distinct).float()                               # (T, D)
-    logits = model.logit_scale.exp().clamp(max=100) * features @ texts.T         # (B, N, T)
-    errors = F.cross_entropy(logits.flatten(0, 1), place[source].flatten(), reduction="none")
-    losses = {"captions": (weight.flatten() * errors).sum(),
-              "sources": same_source(heads["source"](features), source, both)}
-    if told:
-        logits = class_logits(model, features) + heads["bias"].weight[0, 0]      # (B, N)
-        errors = F.binary_cross_entropy_with_logits(logits, manipulated, reduction="none")
-        labels = torch.arange(B) % 2
-        losses["map"] = (weight * errors).sum()
-        losses["image"] = F.binary_cross_entropy_with_logits(pool_score(logits, 0.1),
-                                                             labels.float())
-    return losses
+    numbers = {caption: number for number, caption in enumerate(distinct)}
+    place = np.array([numbers[caption] for caption in captions])                 # (T,)
+    none = [()] * (len(captions) - len(distinct))
+    tokens = tokens_of([*distinct, *none, *CLASS_CAPTIONS], length=64)
+    return Targets(
+        pixels=batch.image, manipulated=manipulated, weight=both / both.sum(), source=source,
+        pick=torch.multinomial(both + 1e-9, 16, replacement=True), known=known,
+        tokens=send(tokens, device), count=send(np.array(len(distinct)), device),
+        caption=send(place, device)[source])
 
 
-WEIGHTS = {"captions": 0.3, "sources": 0.5, "map": 1.0, "image": 1.0}
+class RegionLosses(nn.Module):
+    """Captions and sources; told which part is pasted, map and image label, too."""
+
+    def __init__(self, model, heads, told):
+        super().__init__()
+        self.model = model
+        self.heads = heads
+        self.told = told
+        self.names = ["captions", "sources"] + ["map", "image"] * told
+        self.weights = [0.3, 0.5] + [1.0, 1.0] * told
+
+    def forward(self, *targets):
+        """The tensors of Targets -> (2,) or (4,)."""
+        t = Targets(*targets)
+        _, features = self.model.encode_patches(t.pixels)
+        features = F.normalize(features.float(), dim=-1)                         # (B, N, D)
+        texts = F.normalize(self.model.encode_text(t.tokens).float(), dim=-1)    # (T + 2, D)
+
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        logits = (scale * features @ texts[:-2].T).flatten(0, 1).float()         # (B * N, T)
+        empty = torch.arange(logits.shape[1], device=logits.device) >= t.count
+        logits = logits.masked_fill(empty, -1e4)
+        errors = F.cross_entropy(logits, t.caption.flatten(), reduction="none")
+        losses = [(t.weight.flatten() * errors).sum(),
+                  same_source(self.heads["source"](features), t.source, t.pick)]
+
+        if self.told:
+            logits = class_logits(features, texts[-2:])
+            logits = logits.float() + self.heads["bias"].weight[0, 0]            # (B, N)
+            errors = F.binary_cross_entropy_with_logits(logits, t.manipulated, reduction="none")
+            labels = torch.arange(len(logits), device=logits.device) % 2
+            losses.append((t.weight * errors).sum())
+            losses.append(F.binary_cross_entropy_with_logits(
+                pool_score(logits, 0.1), labels.float(), weight=t.known))
+        return torch.stack(losses)
+
+
+def distillation_batches(training, source):
+    """The batches of the first stage, for `run_stage`; most pictures are small."""
+    teacher = clip.load(training.args.teacher).visual.requires_grad_(False).to(training.device)
+    losses = Distillation(training.model.visual, teacher)
+    for number in itertools.count():
+        side = 128 if number % 4 == 3 else 64            # pixels
+        each = max(4, 2 * training.args.pairs * 64 ** 2 // side ** 2)
+        pixels = clip.normalize(source.crops(AT_ONCE * each, side))
+        for part in pixels.split(each):
+            alone = np.array(0.3 + 1.5 * training.share_done())
+            yield losses, (part, send(alone, part.device))
+
+
+def region_batches(training, source):
+    """The batches of the second stage, for `run_stage`."""
+    losses = {told: RegionLosses(training.model, training.heads, told) for told in (False, True)}
+    for number in itertools.count():
+        side = SIDES[number % len(SIDES)]                # pixels
+        pairs = max(2, training.args.pairs * 128 ** 2 // side ** 2)
+        batch = source.batch(AT_ONCE * pairs, side)
+        batch = batch._replace(image=clip.normalize(batch.image))
+        for part in batch.split(AT_ONCE):
+            told = bool(source.rng.random() < training.args.told)
+            yield losses[told], tuple(targets_of(part, told))
 
 
 # ------------------------------------------------------------------------------------------ loop
 
-def autocast():
-    """The context in which matrices are multiplied in bfloat16, if the processor can do that."""
-    native = clip.native_dtype(torch.device("cpu")) == torch.bfloat16
-    return torch.autocast("cpu", torch.bfloat16, enabled=native)
+def autocast(device):
+    """The context in which matrices are multiplied in bfloat16, if the hardware can do that."""
+    native = clip.native_dtype(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+
+
+def make_watch(photos, device):
+    """64 pairs of held-out photos, made with PIL: images (128, 3, S, S), inside (128, N) bool."""
+    pairs = synthesis.PairSet(photos, size=192, count=0, seed=1)
+    images, regions = [], []
+    for number in range(128):
+        image, region, _ = pairs.make(number // 2, number % 2)
+        images.append(data.to_tensor(image))
+        regions.append(torch.from_numpy(np.asarray(region, np.float32))[None] / 255)
+    inside = F.avg_pool2d(torch.stack(regions), 8).flatten(1) > 0.5
+    return clip.normalize(torch.stack(images)).to(device), inside
 
 
 @torch.no_grad()
-def measure(model, pairs):
+def measure(model, watch):
     """Pixel AUC (mean over manipulated pictures, patch by patch) and image AUC of the map of the
-    class words alone, on pairs of held-out photos."""
-    pixel, scores = [], []
-    for number in range(64):
-        for label in (0, 1):
-            image, region, _ = pairs.make(number, label)
-            image = data.to_tensor(image)[None]
-            with autocast():
-                logits = class_logits(model, patch_features(model, image)).float()   # (1, N)
-            scores.append(pool_score(logits, 0.1))
-            region = torch.from_numpy(np.asarray(region, np.float32))[None] / 255
-            inside = F.avg_pool2d(region, 8).flatten() > 0.5                     # (N,)
-            if inside.any() and not inside.all():
-                pixel.append(auc(logits[0].numpy(), inside.numpy()))
-    return np.mean(pixel), auc(torch.cat(scores).numpy(), np.arange(len(scores)) % 2)
+    class words alone."""
+    images, inside = watch
+    words = tokens_of(CLASS_CAPTIONS, length=64)
+    with autocast(images.device):
+        texts = F.normalize(model.encode_text(send(words, images.device)), dim=-1)
+        maps = []
+        for part in images.split(16):
+            _, features = model.encode_patches(part)
+            features = F.normalize(features.float(), dim=-1)
+            maps.append(class_logits(features, texts.float()).float().cpu())
+    logits = torch.cat(maps)                                                     # (128, N)
+
+    pixel = []
+    for row, region in zip(logits.numpy(), inside.numpy()):
+        if region.any() and not region.all():
+            pixel.append(auc(row, region))
+    return np.mean(pixel), auc(pool_score(logits, 0.1).numpy(), np.arange(len(logits)) % 2)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024); a step is as long as AdamW's (Liu et al. 2025).
+
+    torch's own takes one matrix after the other, too small for a GPU; here all of one shape."""
+
+    def __init__(self, matrices, lr):
+        shapes = sorted({tuple(p.shape) for p in matrices})
+        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices = group["params"]
+            gradient = torch.stack([p.grad for p in matrices])       # (n, rows, columns)
+            state = self.state[matrices[0]]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"].lerp_(gradient, 0.05)
+            update = orthogonal(gradient.lerp(momentum, 0.95))
+            size = 0.2 * max(matrices[0].shape) ** 0.5
+            torch._foreach_add_(matrices, list(update), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices):
+    """Matrices (n, rows, columns) with all their singular values near 1: Newton-Schulz steps."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x.to(clip.native_dtype(x.device))
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    x = x.mT if tall else x
+    return x.to(matrices.dtype)
 
 
 class Training:
     """Everything that a pretraining is at a moment, so that it can go on after any end."""
 
-    def __init__(self, args):
+    def __init__(self, args, device):
         torch.manual_seed(args.seed)
         self.args = args
-        self.model = clip.CLIP(**SIZES)
+        self.device = device
+        self.model = clip.CLIP(**SIZES).to(device)
         self.heads = nn.ModuleDict({"source": nn.Linear(SIZES["embed_dim"], 64),
-                                    "bias": nn.Linear(1, 1, bias=False)})
-        self.mean = copy.deepcopy(self.model)            # averaged weights: what comes out
+                                    "bias": nn.Linear(1, 1, bias=False)}).to(device)
         self.state = {"stage": "distil" if args.teacher else "regions", "step": 0,
                       "minutes": {"distil": 0.0, "regions": 0.0}}
-        self.optimizers = self.make_optimizers(args.lr_distil)
+        self.start_stage(self.state["stage"])
         self.file = Path(args.out, "last.pt")
         if self.file.exists():
-            saved = torch.load(self.file, weights_only=True)
+            saved = torch.load(self.file, weights_only=True, map_location=device)
             self.state = saved["state"]
-            if self.state["stage"] == "regions":
-                self.optimizers = self.make_optimizers(args.lr)
+            self.start_stage(self.state["stage"])
             for name, part in self.parts().items():
                 part.load_state_dict(saved[name])
+
+    def start_stage(self, stage):
+        """New optimizers and a new average of the weights, which is what comes out."""
+        self.state["stage"] = stage
+        lr = self.args.lr if stage == "regions" else self.args.lr_distil
+        self.optimizers = self.make_optimizers(lr)
+        self.mean = copy.deepcopy(self.model)
+        self.recordings = {}                             # see `losses_of`
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def minutes(self):
+        """How long the stage shall be."""
+        if self.state["stage"] == "regions":
+            return self.args.minutes
+        return self.args.distil_minutes
+
+    def share_done(self):
+        """How much of that is spent."""
+        return self.state["minutes"][self.state["stage"]] / self.minutes()
 
     def parts(self):
         named = {f"optimizer{i}": part for i, part in enumerate(self.optimizers)}
         return {"model": self.model, "mean": self.mean, "heads": self.heads, **named}
 
     def make_optimizers(self, lr):
-        """Muon (Jordan et al. 2024) for the matrices of the image tower's blocks, AdamW for all
-        else. Ours: not compared with AdamW alone."""
+        """Muon for the matrices of the image tower's blocks, AdamW for all else. Ours: not compared
+        with AdamW alone."""
         matrices = [p for p in self.model.visual.transformer.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in [*self.model.parameters(), *self.heads.parameters()]
                   if id(p) not in chosen]
-        optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0,
-                                       adjust_lr_fn="match_rms_adamw"),
-                      torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98),
+                                                            weight_decay=0.0)]
         for optimizer in optimizers:
-            optimizer.param_groups[0]["base"] = lr
+            for group in optimizer.param_groups:
+                group["base"] = lr
         return optimizers
 
     def save(self):
@@ -328,61 +380,99 @@ class Training:
         self.model.zero_grad()
         self.heads.zero_grad()
         loss.backward()
-        weights = [*self.model.parameters(), *self.heads.parameters()]
-        length = nn.utils.clip_grad_norm_(weights, 5.0)
-        if not math.isfinite(length):
-            raise SystemExit(f"error: the loss is {loss.item()} at step {self.state['step']}: "
-                             "lower --lr and start again")
+        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 5.0)
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = rate * optimizer.param_groups[0]["base"]
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["base"]
             optimizer.step()
-        self.state["step"] += 1
-        decay = min(0.999, self.state["step"] / (self.state["step"] + 10))
         with torch.no_grad():
-            for mean, weight in zip(self.mean.parameters(), self.model.parameters()):
-                mean.lerp_(weight, 1 - decay)
+            torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()),
+                                 1 - self.args.decay)
+        self.state["step"] += 1
 
 
-def run_stage(training, loader, minutes, compute, watch):
-    """Train until the stage has had its minutes. compute: (batch, share done) -> {name: loss}."""
+class Recording(nn.Module):
+    """Losses for one shape of inputs: recording changes a module, so each shape has its own."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.losses = losses
+
+    def forward(self, *inputs):
+        return self.losses(*inputs)
+
+
+def losses_of(training, losses, inputs):
+    """What a module of losses answers to a tuple of tensors.
+
+    A step starts some thousand small kernels, for which a GPU waits; so they are recorded once for
+    each shape of inputs, and from then on replayed at one call (`torch.cuda.CUDAGraph`).
+    """
+    if training.device.type != "cuda":
+        with autocast(training.device):
+            return losses(*inputs)
+
+    key = (losses, inputs[0].shape)
+    if key not in training.recordings:
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            training.recordings[key] = torch.cuda.make_graphed_callables(
+                Recording(losses), inputs, allow_unused_input=True, pool=training.pool)
+    return training.recordings[key](*inputs)
+
+
+def run_stage(training, batches, watch):
+    """Train until the stage has had its minutes; batches: yields (losses, a module; its inputs)."""
     stage = training.state["stage"]
     spent = training.state["minutes"]
-    began = time.process_time()                          # other programs do not count
-    before = spent[stage]
-    saved = time.time()
-    rows = Path(training.args.out, "log.csv")
+    # on a processor other programs do not count
+    clock = time.process_time if training.device.type == "cpu" else time.time
+    began = clock()
+    saved = spent[stage]
     recent = {}                                          # {name: losses since the last line}
-    for count, batch in enumerate(loader, start=1):
-        done = spent[stage] / minutes
+    for count, (losses, inputs) in enumerate(batches, start=1):
+        done = training.share_done()
         if done >= 1:
             break
-        with autocast():
-            losses = compute(batch, done)
-        total = sum(WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items())
         rate = min(1.0, count / 100)                     # each start is warmed up
         if stage == "distil":
             rate *= max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
-        elif done > 0.85:                                # the last part cools down
-            rate *= max(0.02, (1 - done) / 0.15)
+        elif done > 0.7:                                 # the last part cools down
+            rate *= max(0.02, (1 - done) / 0.3)
+
+        found = losses_of(training, losses, inputs)                              # (k,)
+        total = sum(weight * loss for weight, loss in zip(losses.weights, found))
         training.step(total, rate)
-        spent[stage] = before + (time.process_time() - began) / 60
+        for name, loss in zip(losses.names, found.detach().clone()):
+            recent.setdefault(name, []).append(loss)
+        del found, total                   # nothing of this step may live on in a new recording
+        spent[stage] += (clock() - began) / 60
+        began = clock()
 
-        for name, loss in losses.items():
-            recent.setdefault(name, []).append(loss.item())
-        if count % 200 == 0:
-            words = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in recent.items())
-            print(f"{stage} {spent[stage]:.1f} min  step {training.state['step']}  {words}",
-                  flush=True)
+        if count % 100 == 0:
+            report(training, recent)
             recent.clear()
-        if time.time() - saved > 600:
-            saved = time.time()
+        if spent[stage] - saved > min(10, training.minutes() / 8):
+            saved = spent[stage]
             training.save()
-            record(training, rows, watch)
+            record(training, watch)
+            began = clock()
     training.save()
-    record(training, rows, watch)
+    record(training, watch)
 
 
-def record(training, file, watch):
+def report(training, recent):
+    """Print the losses of some steps; ends the program if they are not numbers any more."""
+    state = training.state
+    means = {name: torch.stack(losses).mean().item() for name, losses in recent.items()}
+    if not math.isfinite(sum(means.values())):
+        raise SystemExit(f"error: found the losses {means} at step {state['step']}, expected "
+                         "finite numbers: lower --lr and start again, from the last save")
+    words = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+    print(f"{state['stage']} {state['minutes'][state['stage']]:.2f} min  step {state['step']}  "
+          f"{words}", flush=True)
+
+
+def record(training, watch):
     """Add a line to log.csv: how good the averaged weights are by now."""
     state = training.state
     if state["stage"] == "distil":
@@ -390,6 +480,7 @@ def record(training, file, watch):
     pixel, image = measure(training.mean, watch)
     row = [round(state["minutes"]["regions"], 1), state["step"], f"{pixel:.4f}", f"{image:.4f}"]
     print(f"held-out photos: pixel AUC {pixel:.3f}, image AUC {image:.3f}", flush=True)
+    file = Path(training.args.out, "log.csv")
     new = not file.exists()
     with open(file, "a", newline="") as out:
         if new:
@@ -402,17 +493,21 @@ def main():
     parser.add_argument("--photos", nargs="+", required=True, help="folders of genuine photos")
     parser.add_argument("--out", default="runs/tower", help="folder; goes on if it holds a start")
     parser.add_argument("--teacher", help="a CLIP to distil first, a name or file of clip.load")
-    parser.add_argument("--distil-minutes", type=float, default=20,
-                        help="processor minutes of stage 1")
-    parser.add_argument("--minutes", type=float, default=360,
-                        help="processor minutes of stage 2, over all starts")
+    parser.add_argument("--distil-minutes", type=float, default=1, help="minutes of stage 1")
+    parser.add_argument("--minutes", type=float, default=8,
+                        help="minutes of stage 2, over all starts; of processor time without a GPU")
+    parser.add_argument("--pairs", type=int, default=160,
+                        help="pairs a batch, of 128 pixels; of other sizes as much work")
     parser.add_argument("--lr-distil", type=float, default=2e-3)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--decay", type=float, default=0.998, help="of the averaged weights")
     parser.add_argument("--told", type=float, default=0.5,
                         help="share of the batches that say which part is pasted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    device = pick_device(args.device)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     photos, held_out = [], []
@@ -422,29 +517,15 @@ def main():
                 photos.append(path)
             elif i % 16 == 8:
                 held_out.append(path)
-    training = Training(args)
-    seed = (args.seed, training.state["step"])           # new pictures after each start
-    watch = synthesis.PairSet(held_out, size=192, count=0, seed=1)
+    training = Training(args, device)
+    source = pictures.Pictures(photos, device, (args.seed, training.state["step"]))
+    watch = make_watch(held_out, device)
+    print(f"{len(photos)} photos, {len(held_out)} held out, on {device}", flush=True)
 
     if training.state["stage"] == "distil":
-        teacher = clip.load(args.teacher).visual.requires_grad_(False)
-        loader = DataLoader(Crops(photos, seed), batch_size=None, num_workers=1)
-
-        def compute(image, done):
-            errors = distillation(training.model.visual, teacher, image, 0.3 + 1.5 * done)
-            return {f"block{i}": error for i, error in enumerate(errors)}
-
-        run_stage(training, loader, args.distil_minutes, compute, watch)
-        training.state["stage"] = "regions"
-        training.mean.load_state_dict(training.model.state_dict())
-        training.optimizers = training.make_optimizers(args.lr)
-
-    def compute(batch, done):
-        told = bool(torch.rand(()) < args.told)
-        return region_losses(training.model, training.heads, batch, told)
-
-    loader = DataLoader(Batches(photos, seed), batch_size=None, num_workers=1, prefetch_factor=4)
-    run_stage(training, loader, args.minutes, compute, watch)
+        run_stage(training, distillation_batches(training, source), watch)
+        training.start_stage("regions")
+    run_stage(training, region_batches(training, source), watch)
 
 
 if __name__ == "__main__":
