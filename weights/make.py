@@ -4,18 +4,19 @@
     python train.py --synthesize DIR --clip runs/tower/tower.pt     then SAPL, by image labels
 
 Pictures are pasted together from genuine photos; each part has an editing history of its own, told
-in words ("manipulated, splice, quality 60, blurred"). One picture then teaches hundreds of patches.
-No label and no mask of a person is used: the generator (pictures.py) knows what it did. All of it
-is ours; its neighbours: CLIM (regions of mosaics against their texts), Editprint (editing chains
-and their descriptions), Noiseprint++ and "Fighting Fake News" (one source or another).
+in words ("manipulated, splice, quality 60, blurred"), so one picture gives hundreds of examples,
+its patches. No label and no mask of a person is used: the generator (pictures.py) knows what it
+did. All of it is ours; its neighbours: CLIM (regions of mosaics against their texts), Editprint
+(editing chains and their descriptions), Noiseprint++ and "Fighting Fake News" (one source or
+another).
 
 1. Distillation (only with --teacher, a CLIP of image width 192 with 16-pixel patches): new weights
-   learn to predict the teacher's tokens after each block. It sees each crop enlarged twice, so that
-   our 8-pixel patches stand for its 16-pixel ones.
-2. Regions: patches against the captions of their part; the map of "manipulated" against "genuine";
-   patches of one source attract, all others repel. In half of the batches (--told) nobody says
-   which part is pasted: histories alone in the captions, no map. Still, only pasted parts are
-   "smooth".
+   learn to predict the teacher's tokens after each block. The teacher sees each crop at double
+   size, so that our 8-pixel patches stand for its 16-pixel ones.
+2. Regions: patches are compared with the captions of their part; a map tells "manipulated" from
+   "genuine"; patches of one source attract, all others repel. In half of the batches (--told)
+   nobody says which part is pasted: histories alone in the captions, no map. Captions give it away
+   a little: only pasted parts are "smooth", and only there words come after a "quality".
 
 Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
 For a GPU; on a processor give --pairs 12 and hours.
@@ -68,7 +69,7 @@ class Distillation(nn.Module):
         self.weights = [1.0] * len(self.names)
 
     def forward(self, pixels, alone):
-        """pixels (B, 3, S, S) -> (1 + blocks,). A block starts from the teacher's tokens, with
+        """pixels (B, 3, S, S) -> (1 + blocks,). A block starts from the teacher's tokens or, with
         chance `alone`, (), from the student's own, so that it learns to mend their errors."""
         blocks = self.student.transformer.resblocks
         with torch.no_grad():
@@ -93,9 +94,10 @@ def token_ids(words):
     return tokens[1:int(tokens.argmax())].tolist()
 
 
-def tokens_of(captions, length):
-    """Captions, T tuples of words -> token ids (T, length), numpy; what is too long is cut off."""
+def tokens_of(captions):
+    """Captions, T tuples of words -> token ids (T, L), numpy; what is too long is cut off."""
     start, end = SIZES["vocab_size"] - 2, SIZES["vocab_size"] - 1
+    length = SIZES["context_length"]
     tokens = np.zeros((len(captions), length), dtype=np.int64)
     for row, caption in zip(tokens, captions):
         ids = []
@@ -137,15 +139,15 @@ class Targets(NamedTuple):
     source: torch.Tensor         # (B, N), the part that a patch is from
     pick: torch.Tensor           # (B, 16), patches drawn by weight
     known: torch.Tensor          # (B,), 0 or 1
-    tokens: torch.Tensor         # (T + 2, L) of the distinct captions, zeros, and the two classes
+    tokens: torch.Tensor         # (T + 2, L): distinct captions, empty ones, the two classes
     count: torch.Tensor          # (), how many captions are distinct
     caption: torch.Tensor        # (B, N), the caption of each patch
 
 
 @torch.no_grad()
-def targets_of(batch, told):
-    """A pictures.Batch, its images normalised -> Targets; told: captions say what is pasted."""
-    device = batch.image.device
+def targets_of(batch, pixels, told):
+    """A pictures.Batch and its normalised images -> Targets; told: captions say what is pasted."""
+    device = pixels.device
     known = batch.known.float()
     manipulated = (batch.inside > 0.6) * known[:, None]                          # (B, N)
     genuine = (batch.inside < 0.05).float()          # patches between are left out
@@ -161,9 +163,9 @@ def targets_of(batch, told):
     numbers = {caption: number for number, caption in enumerate(distinct)}
     place = np.array([numbers[caption] for caption in captions])                 # (T,)
     none = [()] * (len(captions) - len(distinct))
-    tokens = tokens_of([*distinct, *none, *CLASS_CAPTIONS], length=64)
+    tokens = tokens_of([*distinct, *none, *CLASS_CAPTIONS])
     return Targets(
-        pixels=batch.image, manipulated=manipulated, weight=both / both.sum(), source=source,
+        pixels=pixels, manipulated=manipulated, weight=both / both.sum(), source=source,
         pick=torch.multinomial(both + 1e-9, 16, replacement=True), known=known,
         tokens=send(tokens, device), count=send(np.array(len(distinct)), device),
         caption=send(place, device)[source])
@@ -177,8 +179,11 @@ class RegionLosses(nn.Module):
         self.model = model
         self.heads = heads
         self.told = told
-        self.names = ["captions", "sources"] + ["map", "image"] * told
-        self.weights = [0.3, 0.5] + [1.0, 1.0] * told
+        self.names = ["captions", "sources"]
+        self.weights = [0.3, 0.5]
+        if told:
+            self.names += ["map", "image"]
+            self.weights += [1.0, 1.0]
 
     def forward(self, *targets):
         """The tensors of Targets -> (2,) or (4,)."""
@@ -208,8 +213,14 @@ class RegionLosses(nn.Module):
 
 def distillation_batches(training, source):
     """The batches of the first stage, for `run_stage`; most pictures are small."""
+    student = training.model.visual
     teacher = clip.load(training.args.teacher).visual.requires_grad_(False).to(training.device)
-    losses = Distillation(training.model.visual, teacher)
+    width, blocks = teacher.conv1.out_channels, len(teacher.transformer.resblocks)
+    own_width, own_blocks = student.conv1.out_channels, len(student.transformer.resblocks)
+    if teacher.patch_size != 16 or width != own_width or blocks < own_blocks:
+        raise ValueError(f"found a teacher of {blocks} blocks, width {width}, {teacher.patch_size}-"
+                         f"pixel patches, expected at least {own_blocks}, {own_width}, 16")
+    losses = Distillation(student, teacher)
     for number in itertools.count():
         side = 128 if number % 4 == 3 else 64            # pixels
         each = max(4, 2 * training.args.pairs * 64 ** 2 // side ** 2)
@@ -226,18 +237,19 @@ def region_batches(training, source):
         side = SIDES[number % len(SIDES)]                # pixels
         pairs = max(2, training.args.pairs * 128 ** 2 // side ** 2)
         batch = source.batch(AT_ONCE * pairs, side)
-        batch = batch._replace(image=clip.normalize(batch.image))
-        for part in batch.split(AT_ONCE):
+        pixels = clip.normalize(batch.image)             # together: the GPU must wait for it
+        for part, own in zip(batch.split(AT_ONCE), pixels.chunk(AT_ONCE)):
             told = bool(source.rng.random() < training.args.told)
-            yield losses[told], tuple(targets_of(part, told))
+            yield losses[told], targets_of(part, own, told)
 
 
 # ------------------------------------------------------------------------------------------ loop
 
 def autocast(device):
-    """The context in which matrices are multiplied in bfloat16, if the hardware can do that."""
+    """The context in which matrices are multiplied in bfloat16, if the hardware can do that. No
+    cache: a recording would keep it."""
     native = clip.native_dtype(device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native, cache_enabled=False)
 
 
 def make_watch(photos, device):
@@ -257,7 +269,7 @@ def measure(model, watch):
     """Pixel AUC (mean over manipulated pictures, patch by patch) and image AUC of the map of the
     class words alone."""
     images, inside = watch
-    words = tokens_of(CLASS_CAPTIONS, length=64)
+    words = tokens_of(CLASS_CAPTIONS)
     with autocast(images.device):
         texts = F.normalize(model.encode_text(send(words, images.device)), dim=-1)
         maps = []
@@ -275,9 +287,9 @@ def measure(model, watch):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024); a step is as long as AdamW's (Liu et al. 2025).
+    """Momentum made orthogonal (Jordan et al. 2024); steps as long as AdamW's (Liu et al. 2025).
 
-    torch's own takes one matrix after the other, too small for a GPU; here all of one shape."""
+    torch's own updates one matrix after the other; here all of one shape are updated together."""
 
     def __init__(self, matrices, lr):
         shapes = sorted({tuple(p.shape) for p in matrices})
@@ -312,7 +324,7 @@ def orthogonal(matrices):
 
 
 class Training:
-    """Everything that a pretraining is at a moment, so that it can go on after any end."""
+    """A pretraining's weights, optimizers and clock, so that it can go on after any end."""
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
@@ -331,12 +343,14 @@ class Training:
             self.start_stage(self.state["stage"])
             for name, part in self.parts().items():
                 part.load_state_dict(saved[name])
+        if self.state["stage"] == "distil" and not args.teacher:
+            raise ValueError(f"found a distillation in {args.out}, expected its --teacher: name it")
 
     def start_stage(self, stage):
         """New optimizers and a new average of the weights, which is what comes out."""
         self.state["stage"] = stage
-        lr = self.args.lr if stage == "regions" else self.args.lr_distil
-        self.optimizers = self.make_optimizers(lr)
+        self.lr = self.args.lr if stage == "regions" else self.args.lr_distil
+        self.optimizers = self.make_optimizers(self.lr)
         self.mean = copy.deepcopy(self.model)
         self.recordings = {}                             # see `losses_of`
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -348,7 +362,7 @@ class Training:
         return self.args.distil_minutes
 
     def share_done(self):
-        """How much of that is spent."""
+        """Which share of these is spent."""
         return self.state["minutes"][self.state["stage"]] / self.minutes()
 
     def parts(self):
@@ -364,9 +378,6 @@ class Training:
                   if id(p) not in chosen]
         optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98),
                                                             weight_decay=0.0)]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["base"] = lr
         return optimizers
 
     def save(self):
@@ -383,7 +394,7 @@ class Training:
         nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 5.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["base"]
+                group["lr"] = rate * self.lr
             optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()),
@@ -414,14 +425,16 @@ def losses_of(training, losses, inputs):
 
     key = (losses, inputs[0].shape)
     if key not in training.recordings:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        own = tuple(tensor.clone() for tensor in inputs)         # a recording keeps its inputs
+        with autocast(training.device):
             training.recordings[key] = torch.cuda.make_graphed_callables(
-                Recording(losses), inputs, allow_unused_input=True, pool=training.pool)
+                Recording(losses), own, allow_unused_input=True, pool=training.pool)
     return training.recordings[key](*inputs)
 
 
 def run_stage(training, batches, watch):
-    """Train until the stage has had its minutes; batches: yields (losses, a module; its inputs)."""
+    """Train until the stage has had its minutes. batches yields pairs: a module of losses, and the
+    tensors that it takes."""
     stage = training.state["stage"]
     spent = training.state["minutes"]
     # on a processor other programs do not count
@@ -444,29 +457,32 @@ def run_stage(training, batches, watch):
         training.step(total, rate)
         for name, loss in zip(losses.names, found.detach().clone()):
             recent.setdefault(name, []).append(loss)
-        del found, total                   # nothing of this step may live on in a new recording
+        # autograd's nodes of this stream, were they still there, would break a new recording
+        del found, total
         spent[stage] += (clock() - began) / 60
         began = clock()
 
-        if count % 100 == 0:
-            report(training, recent)
-            recent.clear()
-        if spent[stage] - saved > min(10, training.minutes() / 8):
+        due = spent[stage] - saved > min(10, training.minutes() / 8)
+        if due or count % 100 == 0:
+            report(training, recent)                     # before a save: no weights that are NaN
+        if due:
             saved = spent[stage]
             training.save()
             record(training, watch)
             began = clock()
+    report(training, recent)
     training.save()
     record(training, watch)
 
 
 def report(training, recent):
-    """Print the losses of some steps; ends the program if they are not numbers any more."""
+    """Print the losses of the last steps and forget them; ValueError if they are no numbers."""
     state = training.state
     means = {name: torch.stack(losses).mean().item() for name, losses in recent.items()}
+    recent.clear()
     if not math.isfinite(sum(means.values())):
-        raise SystemExit(f"error: found the losses {means} at step {state['step']}, expected "
-                         "finite numbers: lower --lr and start again, from the last save")
+        raise ValueError(f"found the losses {means} at step {state['step']}, expected finite "
+                         "numbers: lower --lr or --lr-distil and start again, from the last save")
     words = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
     print(f"{state['stage']} {state['minutes'][state['stage']]:.2f} min  step {state['step']}  "
           f"{words}", flush=True)
@@ -489,6 +505,7 @@ def record(training, watch):
 
 
 def main():
+    """The command line; returns the exit status: 0 done, 2 wrong call or losses that are NaN."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--photos", nargs="+", required=True, help="folders of genuine photos")
     parser.add_argument("--out", default="runs/tower", help="folder; goes on if it holds a start")
@@ -504,19 +521,41 @@ def main():
     parser.add_argument("--told", type=float, default=0.5,
                         help="share of the batches that say which part is pasted")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    device = pick_device(args.device)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        pretrain(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def read_photos(folders):
+    """Genuine pictures of the folders -> (paths to train on, paths to watch it by)."""
     photos, held_out = [], []
-    for folder in args.photos:
-        for i, path in enumerate(sorted(Path(folder).iterdir())):
-            if i % 8:
-                photos.append(path)
-            elif i % 16 == 8:
-                held_out.append(path)
+    for folder in folders:
+        found, _ = data.read_set(folder, masks=False)
+        paths = sorted(picture.path for picture in found if picture.label != 1)
+        photos += [path for i, path in enumerate(paths) if i % 8]
+        held_out += paths[8::16]
+    if not held_out:
+        raise ValueError(f"found {len(photos)} photos in {', '.join(folders)}, expected hundreds: "
+                         "name a folder with more")
+    return photos, held_out
+
+
+def pretrain(args):
+    """Both stages; ValueError or OSError, one line, for what cannot be used."""
+    if min(args.minutes, args.distil_minutes) <= 0 or args.pairs < 1:
+        raise ValueError(f"found --minutes {args.minutes} --distil-minutes {args.distil_minutes} "
+                         f"--pairs {args.pairs}, expected more than 0 of each")
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)             # on a processor: several share a machine, small matrices
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    photos, held_out = read_photos(args.photos)
     training = Training(args, device)
     source = pictures.Pictures(photos, device, (args.seed, training.state["step"]))
     watch = make_watch(held_out, device)
@@ -529,4 +568,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
