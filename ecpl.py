@@ -100,7 +100,7 @@ class ECPL(nn.Module):
     What it brings (tests/README.md), best F1 on synthetic pictures: with a CLIP whose pretraining
     named genuine and manipulated parts +0.006, with one that heard only the kind of manipulation
     +0.021, with one that knew sources and histories alone -0.005 (with LoRA +0.002). Edges add
-    nothing.
+    nothing. With the shipped model's CLIP +0.009, and 0.023 of the image AUC.
 
     levels: how many. context: M; ValueError if the text tower is too short for it.
     """
