@@ -426,8 +426,8 @@ def load_checkpoint(path):
 
 
 def pick_device(name):
-    """"auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device -> torch.device; ValueError if it is
-    not there."""
+    """"auto", "cpu", "cuda", "cuda:1", "mps", or a torch.device -> torch.device; ValueError if it
+    is not there."""
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         there.append("mps")

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import synthesis
 from ecpl import CLASSES
 
-KINDS = ("splice", "copy-move", "removal", "local edit")
-SHARES = (0.5, 0.25, 0.13, 0.12)                         # of these kinds
+KINDS = tuple(synthesis.KINDS)           # "splice", "copy-move", "removal", "local edit"
+SHARES = tuple(synthesis.KINDS.values())
 
 
 # --------------------------------------------------------------------------------------- filters
@@ -337,7 +338,7 @@ def random_boxes(n, side, rng):
 
 
 def draw_boxes(n, side, rng):
-    """Boxes anywhere that touches the picture."""
+    """Boxes anywhere that touch the picture."""
     size = 0.35 * 3.4 ** rng.random(n) * side
     aspect = 2 ** rng.uniform(-0.5, 0.5, n)
     height = np.minimum(size / aspect, 0.95 * side)
