@@ -13,6 +13,7 @@ Reading order: edges -> ECPL -> SAPL -> regions -> files. `python ecpl.py` shows
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
+import io
 import os
 import pickle
 import shutil
@@ -385,24 +386,24 @@ def save_checkpoint(path, model, **state):
         backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
 
     content = {"format": FORMAT, "config": model.config, "clip": backbone, "model": own, **state}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            torch.save(content, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             shutil.copyfile(path, path.with_name(path.name + ".previous"))
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        if "DataLoader" in str(error):                   # not the disk: a loader process died
-            raise
-        reason = str(error.__context__ or error).splitlines()[0]       # torch hides the disk's word
-        raise OSError(f"cannot write {path} ({reason}), what was there is kept: make room, go on "
-                      "with --resume") from error
+        raise OSError(f"cannot write {path} ({error.strerror}), what was there is kept: make room, "
+                      "go on with --resume") from error
 
 
 def load_checkpoint(path):

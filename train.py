@@ -2,10 +2,10 @@
 
     python train.py --data FOLDER            au/ and tp/ inside, or a list of pictures and labels
     python train.py --synthesize PHOTOS      genuine photos; the manipulations are made on the way
-    python train.py .. --resume              goes on after any interruption, bit for bit on a CPU
+    python train.py .. --resume              goes on after the last whole epoch, as if never stopped
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
-Writes into --out: last.pt (everything, to resume), best.pt (for infer.py), log.csv.
+Writes into --out after each epoch: last.pt (to resume), best.pt (for infer.py), log.csv.
 Reading order: settings, pictures, model, loss, validation and log, state of a run, loop (`train`).
 """
 import argparse
@@ -13,8 +13,6 @@ import csv
 import dataclasses
 import math
 import os
-import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -83,7 +81,6 @@ class Config:
 MODEL = ("levels", "context", "rho", "zoom", "max_side", "window")   # a SAPL checkpoint has its own
 FREE = ("out", "resume", "epochs", "device", "workers")  # may change on --resume
 WARMUP = 0.05            # ours: share of the training in which learning rate and HECL rise from 0
-SAVE_EVERY = 600         # seconds between two saves within an epoch
 
 
 def flag(name):
@@ -195,19 +192,10 @@ def batches(labels, config, epoch):
     return order[:steps * config.batch].reshape(steps, config.batch)
 
 
-def on_its_own(worker):
-    """Of a loader process: Ctrl-C is for the training alone; told to end, the loader goes on for 5
-    seconds, so that the training can save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):                         # not on Windows
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
-
-
 def load(dataset, plan, config):
     """The batches of a plan, lists of indices, made ahead by --workers processes."""
     return DataLoader(dataset, batch_sampler=plan, num_workers=config.workers,
-                      worker_init_fn=on_its_own, generator=torch.Generator())
+                      generator=torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -308,15 +296,12 @@ def auc(values, labels):
 
 
 @torch.no_grad()
-def validate(run, dataset, stop):
-    """Loss and image AUC on held-out pictures by their labels; None if the training is told to stop
-    (several processes finish it first)."""
+def validate(run, dataset):
+    """Loss and image AUC on held-out pictures, by their labels."""
     plan = [part.tolist() for part in torch.arange(len(dataset)).split(run.config.batch)]
     found = []
     run.model.eval()
     for image, label, _ in load(dataset, plan, run.config):
-        if stop.number and run.world == 1:
-            return None
         with run.model.autocast():
             output = run.model(image.to(run.device))
         found.append(torch.stack([label.float(), output.score.float().cpu()]))   # (2, B)
@@ -378,11 +363,10 @@ def settings_of(given):
     """{setting: value} from the command line -> (Config, checkpoint to go on from or None)."""
     config = Config(**given)
     out = Path(config.out)
+    last = out / "last.pt"
     for path in (out, *out.parents):
         if path.is_file():
             raise ValueError(f"found a file, {path}, expected a folder: choose another --out")
-
-    last = out / "last.pt"
     if not config.resume:
         if last.exists():
             raise ValueError(f"found a run in {out}, expected an empty folder: add --resume, or "
@@ -391,9 +375,8 @@ def settings_of(given):
         return config, None
 
     if not last.exists():
-        raise ValueError(f"found no run in {out}, expected one for --resume: leave that out to "
-                         "start, or name its --out")
-
+        raise ValueError(f"found no run in {out}, expected one for --resume: leave that out "
+                         "to start, or name its --out")
     state = ecpl.load_checkpoint(last)
     own = state.get("settings", {})
     if set(own) != set(vars(config)):
@@ -403,14 +386,13 @@ def settings_of(given):
         if name not in FREE and value != own[name]:
             raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
                              "leave it out, or start anew")
+
     config = Config(**own | given)
     check(config, ())
-    if config.epochs < state["epoch"]:
-        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done "
-                         f"{state['epoch']}, expected more: --epochs {2 * state['epoch']}")
-    if state["epoch"] > 0 and not (out / "best.pt").exists():
-        raise ValueError(f"found no best.pt in {out}, expected the one of {state['epoch']} "
-                         "epochs: put it back, or start anew")
+    done = len(state["history"])
+    if config.epochs < done:
+        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done {done}, "
+                         f"expected more: --epochs {2 * done}")
     return config, state
 
 
@@ -426,36 +408,12 @@ def connect(name):
     return device, dist.get_rank(), dist.get_world_size()
 
 
-class Stop:
-    """Within `with Stop() as stop`, SIGINT and SIGTERM only set stop.number: the loop ends between
-    two steps. Another one, a second later or more, ends the program at once."""
-
-    def __enter__(self):
-        self.number = 0
-        self.since = 0.0
-        self.before = {number: signal.signal(number, self.note)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        if self.number and time.time() - self.since > 1:
-            raise SystemExit(128 + number)
-        if not self.number:
-            self.since = time.time()
-        self.number = number
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class Run:
-    """All that a training is at a moment, saved as a whole: a resumed run is the same run."""
+    """What a training consists of and saves as a whole: a resumed run is the same run."""
 
     def __init__(self, config, state, given):
         self.config = config
         self.device, self.rank, self.world = connect(config.device)
-
         if state:
             self.model = ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu", merge=False)
         else:
@@ -469,45 +427,24 @@ class Run:
                          top=config.hecl_top).to(self.device).requires_grad_(config.hecl > 0)
         groups = parameter_groups(self.model, self.hecl, config)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-
-        self.epoch = 0                           # whole epochs that are done
-        self.step = 0                            # steps of the next one
-        self.sums = [0.0, 0.0, 0.0]              # of the losses in this epoch
-        self.history = []                        # one row an epoch
-        self.saved = time.time()
+        self.history = []                                        # one row an epoch
         if state:
             self.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
-            for name in ("epoch", "step", "sums", "history"):
-                setattr(self, name, state[name])
-
-    def save(self):
-        """last.pt: what the training needs to go on, beside the weights."""
-        ecpl.save_checkpoint(Path(self.config.out, "last.pt"), self.model,
-                             settings=dataclasses.asdict(self.config), epoch=self.epoch,
-                             step=self.step, sums=self.sums, history=self.history,
-                             hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
-        self.saved = time.time()
+            self.history = state["history"]
 
     def end_epoch(self, row):
-        """An epoch is over: its row, its weights if they are the best, the state, the log."""
+        """Keep its row, its weights if they are the best so far, the state and the log."""
         self.history.append(row)
-        self.epoch += 1
-        self.step = 0
-        self.sums = [0.0, 0.0, 0.0]
         if self.rank > 0:
             return
+        out = self.config.out
         if best_of(self.history) is row:
-            ecpl.save_checkpoint(Path(self.config.out, "best.pt"), self.model)
-        self.save()
-        log(self.history, self.config.out)
-
-    def agree(self, values):
-        """The mean of numbers over all processes, so that all decide alike -> list of floats."""
-        values = torch.stack([torch.as_tensor(x, device=self.device).float() for x in values])
-        if self.world > 1:
-            dist.all_reduce(values)
-        return (values / self.world).tolist()
+            ecpl.save_checkpoint(Path(out, "best.pt"), self.model)
+        ecpl.save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
+                             settings=dataclasses.asdict(self.config),
+                             hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
+        log(self.history, out)
 
 
 def check_sizes(config, model, processes=1):
@@ -533,64 +470,46 @@ def learning_rate(done):
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def train_epoch(run, objective, train_set, stop):
-    """The steps of an epoch that are left -> its mean losses and pictures per second."""
+def train_epoch(run, objective, train_set, epoch):
+    """One pass over the pictures -> its mean losses: sum, entropy, HECL."""
     config = run.config
     weights = [p for p in objective.parameters() if p.requires_grad]
-    began = time.time()
-
-    # this process's part of each batch that is left
-    train_set.epoch = run.epoch
-    plan = batches(train_set.labels, config, run.epoch)                          # (steps, batch)
+    train_set.epoch = epoch
+    plan = batches(train_set.labels, config, epoch)                              # (steps, batch)
     steps = len(plan)
-    left = plan[run.step:]
-    parts = left.reshape(-1, run.world, config.batch // run.world)
+    parts = plan.reshape(steps, run.world, -1)           # of each batch, one for each process
+    total = torch.zeros(3, device=run.device)
 
-    for image, labels, _ in load(train_set, parts[:, run.rank].tolist(), config):
+    for step, (image, labels, _) in enumerate(load(train_set, parts[:, run.rank].tolist(), config)):
+        done = (epoch * steps + step + 1) / (config.epochs * steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * learning_rate(done)
+
         # losses and gradients
-        done = (run.epoch * steps + run.step + 1) / (config.epochs * steps)
         with run.model.autocast():
             losses = objective(image.to(run.device), labels.to(run.device), min(1, done / WARMUP))
         losses[0].backward()
         length = nn.utils.clip_grad_norm_(weights, 1.0)                          # ours: length 1
-        *losses, length, stopping = run.agree([*losses.detach(), length, stop.number])
-        if not math.isfinite(losses[0] + length):
+        if not length.isfinite():
             raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
-                             f"{run.epoch + 1}, step {run.step + 1}, expected numbers: lower --lr, "
-                             "start anew")
+                             f"{epoch + 1}, step {step + 1}, expected numbers: lower --lr, start "
+                             "anew")
 
         # update
-        for group in run.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * learning_rate(done)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.sums = [total + loss for total, loss in zip(run.sums, losses)]
-        run.step += 1
+        total += losses.detach()
 
-        # save, stop
-        if run.rank == 0 and time.time() - run.saved > SAVE_EVERY:
-            run.save()
-        if stopping:
-            end_early(run, stop)
-    return [total / steps for total in run.sums], left.size / (time.time() - began)
-
-
-def end_early(run, stop):
-    """Save, say so, and leave with the status of the signal."""
-    if run.rank == 0:
-        run.save()
-        print(f"stopped and saved: go on with `python train.py --out {run.config.out} --resume`",
-              flush=True)
     if run.world > 1:
-        time.sleep(1)                            # none leaves while another still listens
-    raise SystemExit(128 + (stop.number or signal.SIGTERM))
+        dist.all_reduce(total)
+    return (total / steps / run.world).tolist()
 
 
 def train(config, state=None, given=()):
     """Train as `config` says -> path of the best checkpoint, by image labels of held-out pictures.
 
     state: the last.pt to go on from; given: the settings named by the user. Raises ValueError or
-    OSError with one line; after SIGINT or SIGTERM it saves and raises SystemExit 130 or 143.
+    OSError with one line.
     """
     run = Run(config, state, given)
     check_sizes(config, run.model, run.world)
@@ -600,26 +519,26 @@ def train(config, state=None, given=()):
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         print(f"{len(train_set)} pictures to train, {len(val_set)} to validate; {trained:,} "
               f"weights to train, {run.model.dtype} on {run.device} x {run.world}; from epoch "
-              f"{run.epoch + 1}, step {run.step + 1}", flush=True)
+              f"{len(run.history) + 1}", flush=True)
 
     balance = train_set.labels.count(0) / train_set.labels.count(1)
     objective = Objective(run.model, run.hecl, config.hecl, balance).to(run.device)
     if run.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
 
-    with Stop() as stop:
-        while run.epoch < config.epochs:
-            began = time.time()
-            (loss, entropy, contrast), speed = train_epoch(run, objective, train_set, stop)
-            row = {"epoch": run.epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
-            row |= validate(run, val_set, stop) or end_early(run, stop)
-            if not math.isfinite(row["val_loss"]):
-                raise ValueError(f"found a validation loss of {row['val_loss']} in epoch "
-                                 f"{row['epoch']}, expected a number: lower --lr")
+    for epoch in range(len(run.history), config.epochs):
+        began = time.time()
+        loss, entropy, contrast = train_epoch(run, objective, train_set, epoch)
+        speed = len(train_set) / (time.time() - began)
+        row = {"epoch": epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
+        row |= validate(run, val_set)
+        if not math.isfinite(row["val_loss"]):
+            raise ValueError(f"found a validation loss of {row['val_loss']} in epoch {epoch + 1}, "
+                             "expected a number: lower --lr")
+        row["pictures_per_s"] = speed
+        row["minutes_left"] = (config.epochs - epoch - 1) * (time.time() - began) / 60
+        run.end_epoch(row)
 
-            row["pictures_per_s"] = speed
-            row["minutes_left"] = (config.epochs - row["epoch"]) * (time.time() - began) / 60
-            run.end_epoch(row)
     if run.rank == 0:
         finish(run, [picture.path for picture in held_out if picture.label == 0])
     return Path(config.out, "best.pt")
@@ -638,29 +557,17 @@ def finish(run, genuine):
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 0 done, 1 it broke, 2 wrong call."""
+    """The command line; returns the exit status: 0 done, 2 wrong call, 130 interrupted."""
     given = parse(arguments)
     try:
         config, state = settings_of(given)
         train(config, state, given)
         return 0
-    except BrokenPipeError:                      # who read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (MemoryError, ConnectionError, EOFError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        known = re.search("(out of|allocate) memory|DataLoader worker", reason)
-        if isinstance(error, RuntimeError) and not known:
-            raise
-        print(f"error: memory is short, or a process that loads pictures died ({reason}): lower "
-              "--batch, --size or --workers; --resume goes on from the last save",
-              file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: what is saved is kept, --resume goes on from it", file=sys.stderr)
+        print("interrupted: whole epochs are kept, --resume goes on after them", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():
