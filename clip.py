@@ -13,14 +13,11 @@ import http.client
 import math
 import os
 import pickle
-import shutil
+import socket
 import sys
-import urllib.request
 import zipfile
 from collections import OrderedDict
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -58,7 +55,6 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-@lru_cache
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
 
@@ -131,12 +127,6 @@ def tokenize(texts, context_length=77, vocab_size=49408):
 
 # ------------------------------------------------------------------------------ towers, and LoRA
 
-def random_weight(*shape, std):
-    """A new parameter. Ours: uniform, because torch's normal numbers take a second for a CLIP."""
-    bound = std * 3 ** 0.5
-    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-
-
 class LoRA(nn.Module):
     """A trainable change of low rank beside a frozen linear map: alpha / rank * B A x (Hu et al.
     2021). Added to the weight itself, that would need a gradient of full size."""
@@ -173,7 +163,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = max(1, width // 64)
         self.causal = causal
-        self.in_proj_weight = random_weight(3 * width, width, std=width ** -0.5)
+        self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.lora = None                                 # beside in_proj, see `add_lora`
@@ -230,6 +220,12 @@ class Transformer(nn.Sequential):
         super().__init__(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
+def sums(x):
+    """Sums of 2 x 2 neighbours: (.., H, W) -> (.., H - 1, W - 1)."""
+    x = x[..., :-1, :] + x[..., 1:, :]                                         # (.., H - 1, W)
+    return x[..., :-1] + x[..., 1:]                                            # (.., H - 1, W - 1)
+
+
 class Stem(nn.Sequential):
     """Ours, in the shipped tiny model alone: stride-2 convolutions on what a small blur takes away.
 
@@ -249,11 +245,8 @@ class Stem(nn.Sequential):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
         # Sums, not a convolution: autocast would round that to bfloat16, coarser than a grey level.
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        above, middle, below = padded.unfold(2, 3, 1).unbind(dim=-1)           # (B, 3, H, W+2) each
-        rows = above + 2 * middle + below                                      # (B, 3, H, W+2)
-        left, middle, right = rows.unfold(3, 3, 1).unbind(dim=-1)              # (B, 3, H, W) each
-        residual = pixels - (left + 2 * middle + right) / 16                   # (B, 3, H, W)
-        residual = (8 * residual).tanh()         # ours: 8, so that noise counts and edges saturate
+        blurred = sums(sums(padded)) / 16                                      # (B, 3, H, W)
+        residual = (8 * (pixels - blurred)).tanh()   # ours: 8, so that noise counts, edges saturate
         residual = residual.contiguous(memory_format=torch.channels_last)      # convolves faster
         return super().forward(residual)                                       # (B, Dv, h, w)
 
@@ -265,14 +258,15 @@ class VisionTransformer(nn.Module):
         super().__init__()
         tokens = (resolution // patch_size) ** 2 + 1
         self.patch_size = patch_size
+        scale = width ** -0.5
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.stem = Stem(stem, width) if stem else None
-        self.class_embedding = random_weight(width, std=width ** -0.5)
-        self.positional_embedding = random_weight(tokens, width, std=width ** -0.5)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = random_weight(width, embed_dim, std=width ** -0.5)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, pixels):
         """(h, w), rows and columns of patches, of pixels (B, 3, H, W), or ValueError."""
@@ -287,8 +281,6 @@ class VisionTransformer(nn.Module):
         """The position embedding for an (h, w) grid: (1, 1 + N, Dv)."""
         own = self.positional_embedding                                        # (1 + side^2, Dv)
         side = math.isqrt(len(own))
-        if (h, w) == (side, side):
-            return own[None]                                                   # (1, 1 + N, Dv)
         grid = own[1:].T.reshape(1, -1, side, side)                            # (1, Dv, side, side)
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
         return torch.cat([own[:1], grid.flatten(2)[0].T])[None]                # (1, 1 + N, Dv)
@@ -323,11 +315,11 @@ class CLIP(nn.Module):
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim, stem)
         self.transformer = Transformer(width, transformer_layers, causal=True)
-        words = random_weight(vocab_size, width, std=0.02)
-        self.token_embedding = nn.Embedding.from_pretrained(words, freeze=False)
-        self.positional_embedding = random_weight(context_length, width, std=0.01)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = random_weight(width, embed_dim, std=width ** -0.5)
+        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels):
@@ -337,13 +329,8 @@ class CLIP(nn.Module):
     def encode_patches(self, pixels, levels=()):
         """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1), [(B, N, Dv)], and
         dense features (B, N, D): what CLIP makes of its class token, made of every patch."""
-        blocks = self.visual.transformer.resblocks
-        for level in levels:
-            if not 1 <= level <= len(blocks):
-                raise ValueError(f"found level {level}, expected a block from 1 to {len(blocks)}")
-
         tokens = [self.visual.embed(pixels)]                                   # [(B, 1 + N, Dv)]
-        for block in blocks:
+        for block in self.visual.transformer.resblocks:
             tokens.append(block(tokens[-1]))
         features = self.visual.ln_post(tokens[-1][:, 1:]) @ self.visual.proj   # (B, N, D)
         return [tokens[level][:, 1:] for level in levels], features            # [(B, N, Dv)], ..
@@ -373,14 +360,11 @@ class CLIP(nn.Module):
 
 def add_lora(model, rank, alpha):
     """Freeze a module; LoRA for the queries, keys and values of each attention in it, with one A
-    for all three [ours]. Returns the new parameters, a list."""
+    for all three [ours]."""
     model.requires_grad_(False)
-    added = []
     for module in model.modules():
         if isinstance(module, Attention):
             module.lora = LoRA(module.in_proj_weight.detach(), rank, alpha)
-            added += module.lora.parameters()
-    return added
 
 
 @torch.no_grad()
@@ -418,46 +402,44 @@ def build(state_dict, device="cpu"):
     Raises ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity.
     """
     # OpenAI's archives also hold three whole numbers, notes of no use
-    shapes = {key: tuple(x.shape) for key, x in state_dict.items() if x.is_floating_point()}
+    weights = {key: x for key, x in state_dict.items() if x.is_floating_point()}
+    shapes = {key: tuple(x.shape) for key, x in weights.items()}
     try:
         with torch.device("meta"):                                 # shapes alone, no memory
             model = CLIP(**sizes_of(shapes))
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"no CLIP with patches (a ResNet?), missing or odd: {error}") from error
+        model.to_empty(device=device).load_state_dict(weights)
+    except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"no CLIP with patches (a ResNet?): {reason}") from error
 
-    wanted = {key: tuple(x.shape) for key, x in model.state_dict().items()}
-    for key in wanted | shapes:
-        if shapes.get(key) != wanted.get(key):
-            raise ValueError(f"not the weights of a CLIP: {key}: found {shapes.get(key, 'none')}, "
-                             f"expected {wanted.get(key, 'none')}")
-
-    model.to_empty(device=device)
     for key, weight in model.state_dict().items():
-        weight.copy_(state_dict[key])
-        if not torch.stack(weight.aminmax()).isfinite().all():
+        if not weight.isfinite().all():
             raise ValueError(f"damaged weights: NaN or infinity in {key}")
     return model.eval()
-
-
-class Stored(NamedTuple):
-    """A tensor of an archive that is not read yet."""
-    storage: tuple           # ("storage", dtype, key of the file data/<key>, device, length)
-    offset: int              # of its first number in the storage
-    shape: tuple
-    stride: tuple
 
 
 KNOWN = {f"torch.{name}Storage": getattr(torch, name.lower())
          for name in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
 KNOWN |= {"torch.ByteStorage": torch.uint8, "collections.OrderedDict": OrderedDict,
-          "torch._utils._rebuild_tensor_v2": lambda *arguments: Stored(*arguments[:4])}
+          "torch._utils._rebuild_tensor_v2":
+          lambda numbers, offset, shape, stride, *_: numbers.as_strided(shape, stride, offset)}
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads tensors (as `Stored`), dictionaries and modules; any other name is an error."""
+    """Reads tensors, dictionaries and modules of an open zip; any other name is an error."""
+
+    def __init__(self, archive, index):
+        super().__init__(archive.open(index))
+        self.archive = archive
+        self.folder = index.removesuffix("data.pkl") + "data/"
+        self.storages = {}                               # tensors may share one
 
     def persistent_load(self, storage):
-        return storage
+        _, dtype, key, *_ = storage
+        if key not in self.storages:
+            content = bytearray(self.archive.read(self.folder + key))
+            self.storages[key] = torch.frombuffer(content, dtype=dtype)        # (length,)
+        return self.storages[key]
 
     def find_class(self, module, name):
         if module.partition(".")[0] == "__torch__":
@@ -467,16 +449,15 @@ class Unpickler(pickle.Unpickler):
         return KNOWN[f"{module}.{name}"]
 
 
-def find_tensors(node, name, found, seen):
-    """Walk through dictionaries and modules; put each tensor into `found` under its dotted name."""
-    if isinstance(node, Stored):
-        found[name] = node
-    if not isinstance(node, dict) or id(node) in seen:
-        return
-    seen.add(id(node))                                   # a dictionary may hold itself
-    children = dict(node) | getattr(node, "__dict__", {})
-    for key, child in children.items():
-        find_tensors(child, f"{name}.{key}" if name else str(key), found, seen)
+def find_tensors(node, name=""):
+    """{dotted name: tensor} of what dictionaries and modules hold."""
+    if isinstance(node, torch.Tensor):
+        return {name: node}
+    found = {}
+    if isinstance(node, dict):
+        for key, child in (dict(node) | getattr(node, "__dict__", {})).items():
+            found |= find_tensors(child, f"{name}.{key}".removeprefix("."))
+    return found
 
 
 def read_archive(path):
@@ -488,28 +469,11 @@ def read_archive(path):
     try:
         with zipfile.ZipFile(path) as archive:
             index, = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = index.removesuffix("data.pkl")
-            found = {}
-            find_tensors(Unpickler(archive.open(index)).load(), "", found, set())
-
-            own = {name: x for name, x in found.items() if name.startswith("clip.")}
-            storages = {}
-            tensors = {}
-            for name, x in (own or found).items():
-                _, dtype, key, *_ = x.storage
-                if key not in storages:
-                    content = bytearray(archive.read(f"{root}data/{key}"))
-                    storages[key] = torch.frombuffer(content, dtype=dtype)     # (length,)
-                tensor = storages[key].as_strided(x.shape, x.stride, x.offset)  # (*shape)
-                tensors[name.removeprefix("clip.")] = tensor
-            return tensors
+            found = find_tensors(Unpickler(archive, index).load())
     except Exception as error:                           # damage has many faces
         raise ValueError(f"{path}: no readable archive of weights: {error}") from error
-
-
-def cache_folder():
-    """Where OpenAI's files are kept: $CLIP_CACHE, or where OpenAI's own program keeps them."""
-    return Path(os.environ.get("CLIP_CACHE", "~/.cache/clip")).expanduser()
+    own = {name.removeprefix("clip."): x for name, x in found.items() if name.startswith("clip.")}
+    return own or found
 
 
 def sha256_of(path):
@@ -517,27 +481,26 @@ def sha256_of(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cached(url):
+    """Where a file is kept: in $CLIP_CACHE, or where OpenAI's own program keeps it."""
+    folder = os.environ.get("CLIP_CACHE", "~/.cache/clip")
+    return Path(folder).expanduser() / url.rpartition("/")[2]
+
+
 def fetch(url, sha256):
-    """The path of a file in the cache folder, downloaded if it is not there whole; else OSError."""
-    target = cache_folder() / url.rpartition("/")[2]
+    """The path of a file in the cache, downloaded if it is not there whole; else OSError."""
+    target = cached(url)
     if target.is_file() and sha256_of(target) == sha256:
         return target
-
-    part = target.with_name(f"{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as answer, open(part, "wb") as file:
-            print(f"downloading {url}, {answer.length or 0:,} bytes", file=sys.stderr)
-            shutil.copyfileobj(answer, file)
-        if sha256_of(part) != sha256:
-            raise OSError("what came has another SHA-256")
-        return part.replace(target)
-    except (OSError, http.client.HTTPException) as error:
+        socket.setdefaulttimeout(30)                     # seconds: no way to hang
+        torch.hub.download_url_to_file(url, target, hash_prefix=sha256)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise OSError(f"found no {target}, and it cannot be downloaded ({error}), expected the "
                       f"file of {url} with SHA-256 {sha256}: put it there, or use --clip tiny, "
                       "which works without it") from error
-    finally:
-        part.unlink(missing_ok=True)
+    return target
 
 
 def load(name_or_path="tiny", device="cpu"):
@@ -560,22 +523,11 @@ def load(name_or_path="tiny", device="cpu"):
     return model
 
 
-def native_dtype(device):
-    """The number format in which a torch.device multiplies matrices fastest and learns safely:
-    bfloat16 where its hardware has it (AMX or AVX512-BF16; NVIDIA from Ampere on), else float32."""
-    native = False
-    if device.type == "cpu":
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if native else torch.float32
-
-
 def lesson(words):
     """Print the pieces of some words, then what patches of a picture say to two sentences."""
     vocab_size = 49408
-    if not (cache_folder() / Path(VOCABULARY).name).is_file():
-        print(f"no vocabulary in {cache_folder()}: bytes instead of pieces")
+    if not cached(VOCABULARY).is_file():
+        print(f"found no vocabulary, {cached(VOCABULARY)}: bytes instead of pieces")
         vocab_size = 514
     tokenizer = Tokenizer(vocab_size)
     print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(words)))

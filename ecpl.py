@@ -8,14 +8,13 @@ third party's digest, so every statement about the method carries its source in 
     [digest]    a digest of the paper: a soft edge map
     [ours]      our choice, every equation and number among them
 
-Reading order: edges -> ECPL -> SAPL -> regions -> files. `python ecpl.py` shows each step.
+Reading order: edges -> ECPL -> SAPL -> files. `python ecpl.py` shows each step.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
 import io
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -34,20 +33,11 @@ CLASSES = ("genuine", "manipulated")
 # ----------------------------------------------------------------------------------------- edges
 
 def sobel(x):
-    """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape.
-
-    Sums of shifted views are faster than a convolution per channel.
-    """
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")                               # (B, K, H+2, W+2)
-    above, middle, below = x.unfold(2, 3, 1).unbind(dim=-1)                    # (B, K, H, W+2) each
-    rows = above + 2 * middle + below                                          # (B, K, H, W+2)
-    left, _, right = rows.unfold(3, 3, 1).unbind(dim=-1)                       # (B, K, H, W) each
-    gx = left - right                                                          # (B, K, H, W)
-
-    left, middle, right = x.unfold(3, 3, 1).unbind(dim=-1)                     # (B, K, H+2, W) each
-    columns = left + 2 * middle + right                                        # (B, K, H+2, W)
-    above, _, below = columns.unfold(2, 3, 1).unbind(dim=-1)                   # (B, K, H, W) each
-    gy = above - below                                                         # (B, K, H, W)
+    """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")                          # (B, K, H+2, W+2)
+    smooth = clip.sums(padded)                                                 # (B, K, H+1, W+1)
+    gx = (smooth[:, :, :-1] + smooth[:, :, 1:]).diff(dim=3)                    # (B, K, H, W)
+    gy = (smooth[..., :-1] + smooth[..., 1:]).diff(dim=2)                      # (B, K, H, W)
     return torch.hypot(gx, gy) / 8                                             # (B, K, H, W)
 
 
@@ -121,12 +111,8 @@ class ECPL(nn.Module):
         self.context = nn.Parameter(self.spread * torch.randn(len(CLASSES), context, Dt))
         self.projections = nn.ModuleList([projection(Dv, Dt) for _ in range(levels)])
         self.norm_query = nn.LayerNorm(Dt)
-        self.query = nn.Linear(Dt, Dt)
-        self.key = nn.Linear(Dt, Dt)
-        self.value = nn.Linear(Dt, Dt)
-        self.out = nn.Linear(Dt, Dt)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.attention = nn.MultiheadAttention(Dt, max(1, Dt // 64), batch_first=True)
+        nn.init.zeros_(self.attention.out_proj.weight)
 
     def enhance(self, levels, edges, h, w):
         """Edge-enhanced features of each level: [(B, N, Dv)], edges (B, N) -> [(B, N, Dv)]."""
@@ -141,17 +127,9 @@ class ECPL(nn.Module):
         """[(B, N, Dv)] -> context tokens of both classes (B, C * M, Dt)."""
         G = sum(project(x) for project, x in zip(self.projections, enhanced))  # (B, N, Dt)
         V = self.context.flatten(0, 1).expand(len(G), -1, -1)                  # (B, C * M, Dt)
-        q = self.in_heads(self.query(self.norm_query(V)))                      # (B, heads, .., d)
-        k = self.in_heads(self.key(G))                                         # (B, heads, N, d)
-        v = self.in_heads(self.value(G))                                       # (B, heads, N, d)
-        read = clip.attend(q, k, v, causal=False)                              # (B, heads, .., d)
-        read = self.out(read.transpose(1, 2).flatten(2))                       # (B, C * M, Dt)
+        Q = self.norm_query(V)                                                 # (B, C * M, Dt)
+        read, _ = self.attention(Q, G, G, need_weights=False)                  # (B, C * M, Dt)
         return V + self.spread * read
-
-    def in_heads(self, x):
-        """(B, L, Dt) -> (B, heads, L, d), heads of 64 numbers."""
-        heads = max(1, x.shape[-1] // 64)
-        return x.unflatten(-1, (heads, -1)).transpose(1, 2)                    # (B, heads, L, d)
 
     def encode(self, clip_model, prompts):
         """Context tokens (B, C * M, Dt) -> unit text features (B, C, D)."""
@@ -225,8 +203,8 @@ class SAPL(nn.Module):
 
     config, a plain dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context`
     (M), `rho` (see pool_score), `zoom` (pictures are enlarged, as traces are finer than CLIP's
-    patches [ours]), `tune` (what of CLIP is trained: "lora" [digest], "full" or "none"),
-    `lora_rank`, `lora_share` (of the last blocks); for inference `max_side`, `window`, pixels.
+    patches [ours]), `lora_rank` (LoRA [digest]; 0: CLIP stays as it is), `lora_share` (of the last
+    blocks); for inference `max_side`, `window`, pixels.
     """
 
     def __init__(self, clip_model, config):
@@ -250,12 +228,11 @@ class SAPL(nn.Module):
         self.register_buffer("map_shift", torch.zeros(()))
         self.register_buffer("score_shift", torch.zeros(()))
 
-        if config["tune"] == "full":
-            clip_model.visual.requires_grad_(True)
-        if config["tune"] == "lora":
+        rank = config["lora_rank"]
+        if rank > 0:
             blocks = clip_model.visual.transformer.resblocks
             count = max(1, round(config["lora_share"] * len(blocks)))
-            clip.add_lora(blocks[-count:], config["lora_rank"], alpha=2 * config["lora_rank"])
+            clip.add_lora(blocks[-count:], rank, alpha=2 * rank)
 
     def autocast(self):
         """The context in which matrices are multiplied as numbers of `self.dtype`."""
@@ -292,11 +269,11 @@ class SAPL(nn.Module):
         return Output(map, score, text, depths, edges)
 
     @classmethod
-    def load(cls, path=None, device="auto", precision="auto", merge=True):
+    def load(cls, path=None, device="auto", precision="auto"):
         """The model of a checkpoint (None: the shipped one), in eval mode.
 
-        precision: "auto" (bf16 where the hardware multiplies it), "bf16" or "fp32". merge: fold
-        LoRA into the weights; False to train on. Raises OSError or ValueError of one line.
+        precision: "auto" (bf16 where the hardware multiplies it), "bf16" or "fp32". Raises OSError
+        or ValueError of one line.
         """
         path = path or clip.TINY
         device = pick_device(device)
@@ -313,56 +290,23 @@ class SAPL(nn.Module):
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"found {path}, which does not fit this version ({reason}), expected "
                              "a checkpoint of its train.py: train it again") from error
-        if merge and model.config["tune"] == "lora":
-            clip.merge_lora(model.clip)
-            model.config["tune"] = "full"        # saved again, its CLIP is no longer the official
         model.dtype = pick_dtype(precision, device)
         return model.to(device).eval()
 
 
-# --------------------------------------------------------------------------------- map -> region
+def smooth(logits):
+    """The mean over 3 x 3 patches: map (B, h, w) -> the same.
 
-def dilate(x, height, width):
-    """The largest value in a window of odd sides around each cell: (B, 1, h, w) -> the same."""
-    margins = (height // 2, width // 2)
-    return F.max_pool2d(x, (height, width), stride=1, padding=margins)         # (B, 1, h, w)
-
-
-def erode(x, height, width):
-    """The smallest value in the window."""
-    return -dilate(-x, height, width)
-
-
-def regions(logits, radius=1):
-    """Close gaps in a responding boundary, fill what it encloses, smooth: (B, h, w) -> the same.
-
-    The mask comes from the similarity map by processing [abstract]; the form is ours: a grey
-    closing over 3 x 3 patches, then a grey fill, in which every cell rises to the lowest value that
-    a way from it to the border must cross; last the mean over (2 * radius + 1)^2 patches.
+    The mask comes from the similarity map after processing [abstract]; the form is ours. To close
+    and to fill its shapes first brings nothing (weights/README.md).
     """
-    assert logits.isfinite().all(), "the fill would never end"
-    x = logits[:, None]                                                        # (B, 1, h, w)
-    closed = erode(dilate(x, 3, 3), 3, 3)                                      # (B, 1, h, w)
-    closed = torch.maximum(closed, x)
-
-    # water all over, let out at the border: it sinks to its lowest neighbour or to the ground
-    level = closed.clone()                                                     # (B, 1, h, w)
-    level[..., 1:-1, 1:-1] = torch.inf
-    while True:
-        lowest = torch.minimum(erode(level, 3, 1), erode(level, 1, 3))         # (B, 1, h, w)
-        lower = torch.maximum(lowest, closed)
-        if torch.equal(lower, level):
-            break
-        level = lower
-
-    margins = (radius, radius, radius, radius)
-    padded = F.pad(level, margins, mode="replicate")                           # (B, 1, h+2r, w+2r)
-    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)[:, 0]                # (B, h, w)
+    padded = F.pad(logits[:, None], (1, 1, 1, 1), mode="replicate")            # (B, 1, h+2, w+2)
+    return F.avg_pool2d(padded, 3, stride=1)[:, 0]                             # (B, h, w)
 
 
 # ----------------------------------------------------------------------------------------- files
 
-FORMAT = 3
+FORMAT = 4
 
 
 def is_backbone(key):
@@ -382,7 +326,7 @@ def save_checkpoint(path, model, **state):
             backbone[key.removeprefix("clip.")] = value.cpu()                  # OpenAI's names
         else:
             own[key] = value.cpu()
-    if model.config["tune"] != "full" and model.clip.name in clip.OFFICIAL:
+    if model.clip.name in clip.OFFICIAL:
         backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
 
     content = {"format": FORMAT, "config": model.config, "clip": backbone, "model": own, **state}
@@ -407,16 +351,11 @@ def save_checkpoint(path, model, **state):
 
 
 def load_checkpoint(path):
-    """The dict of a file of `save_checkpoint`, on the CPU; OSError or ValueError of one line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"found no checkpoint {path}, expected one: train it with `python "
-                                "train.py --data FOLDER`, then name its best.pt, or the copy "
-                                "before it, ending in .previous")
+    """The dict of a file of `save_checkpoint`, on the CPU; ValueError of one line."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError,
-            AttributeError) as error:
+    except Exception as error:                           # damage has many faces
         raise ValueError(f"found {path}, which is no checkpoint of SAPL ({type(error).__name__}), "
                          "expected a file that train.py wrote: name its best.pt, or its copy "
                          "ending in .previous") from error
@@ -433,21 +372,23 @@ def pick_device(name):
     if torch.backends.mps.is_available():
         there.append("mps")
     there.append("cpu")
-    name = str(name)
-    if name == "auto":
-        name = there[0]
-    if name == "cuda":
-        name = "cuda:0"
+    full_names = {"auto": there[0], "cuda": "cuda:0"}
+    name = full_names.get(str(name), str(name))
     if name not in there:
         raise ValueError(f"found --device {name}, expected one of auto, {', '.join(there)}")
     return torch.device(name)
 
 
 def pick_dtype(precision, device):
-    """"auto", "bf16" or "fp32" -> the torch.dtype of matrix products on a torch.device."""
-    if precision == "auto":
-        return clip.native_dtype(device)
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    """"auto", "bf16" or "fp32" -> the torch.dtype of matrix products on a torch.device. auto: bf16
+    where the hardware multiplies it (AMX or AVX512-BF16; NVIDIA from Ampere on)."""
+    native = False
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    short = native if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if short else torch.float32
 
 
 def demo(out="out/method.png"):
@@ -465,7 +406,7 @@ def demo(out="out/method.png"):
     variation = feature_variation(levels[-1], h, w).mean(dim=-1)               # (1, N)
     variation = variation.view(1, h, w) / variation.max()                      # (1, h, w)
     relative = output.logits - output.logits.mean()                            # (1, h, w)
-    answer = regions(relative) - model.map_shift                               # (1, h, w)
+    answer = smooth(relative) - model.map_shift                                # (1, h, w)
 
     print(f"image {tuple(image.shape)}, soft edges {tuple(edge.shape)} up to {edge.max():.2f}")
     print(f"{len(levels)} levels {tuple(levels[-1].shape)}; the quarter where the last varies "

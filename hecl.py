@@ -47,31 +47,22 @@ class DualQueue(nn.Module):
 
     def __init__(self, length, dim):
         super().__init__()
-        self.length = length
-        self.register_buffer("features", torch.zeros(2, length, dim))          # (2, length, d)
-        self.register_buffer("filled", torch.tensor(0))                        # of each queue
-        self.register_buffer("head", torch.tensor(0))                          # the next place
+        self.register_buffer("features", torch.zeros(2, length, dim))          # oldest first
 
     def push(self, genuine, manipulated):
         """Append features (n, d) of each class, equally many of both; the oldest make room."""
-        n = min(len(genuine), len(manipulated), self.length)
-        if n == 0:
-            return
-        places = self.head + torch.arange(n, device=self.head.device)          # (n,)
-        places = places % self.length
-        self.features[0, places] = genuine[-n:]
-        self.features[1, places] = manipulated[-n:]
-
-        self.head.copy_((self.head + n) % self.length)
-        self.filled.copy_((self.filled + n).clamp(max=self.length))
+        n = min(len(genuine), len(manipulated))
+        newest = torch.stack([genuine[:n], manipulated[:n]])                   # (2, n, d)
+        longer = torch.cat([self.features, newest], dim=1)                     # (2, length + n, d)
+        self.features.copy_(longer[:, n:])                                     # (2, length, d)
 
     def keys(self):
         """Features (2 * filled, d) and their classes (2 * filled,)."""
-        n = int(self.filled)
-        features = self.features[:, :n]                                        # (2, filled, d)
+        filled = self.features[0].any(dim=1)             # (length,), zeros are empty places
+        features = self.features[:, filled]                                    # (2, filled, d)
         classes = torch.arange(2, device=features.device)                      # (2,)
-        features = features.flatten(0, 1)                                      # (2 * filled, d)
-        return features, classes.repeat_interleave(n)                          # .., (2 * filled,)
+        classes = classes.repeat_interleave(features.shape[1])                 # (2 * filled,)
+        return features.flatten(0, 1), classes
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):

@@ -30,7 +30,6 @@ import clip
 import data
 import ecpl
 
-BATCH = 8                  # windows a forward pass
 MIN_SIDE = 16              # pixels: less has nothing to compare
 CAUTION = ("A score is not a proof: genuine pictures are called manipulated too. "
            "Never decide by it alone.")
@@ -74,30 +73,27 @@ class SAPL(ecpl.SAPL):
         p = self.cell
         _, H, W = image.shape
         h, w = H // p, W // p
-        size = self.config["window"] // p or max(h, w)
+        size = max(h, w)
+        if self.config["window"] > 0:
+            size = self.config["window"] // p
         rows = min(size, h)                                           # of a window
         columns = min(size, w)
-        corners = list(itertools.product(starts(h, rows), starts(w, columns)))
 
         total = torch.zeros(h, w)
         times = torch.zeros(h, w)
-        for k in range(0, len(corners), BATCH):
-            some = corners[k:k + BATCH]
-            windows = [image[:, p * top:p * (top + rows), p * left:p * (left + columns)]
-                       for top, left in some]
-            batch = torch.stack(windows).to(self.bias.device)         # (B, 3, p * rows, ..)
+        for top, left in itertools.product(starts(h, rows), starts(w, columns)):
+            window = image[:, p * top:p * (top + rows), p * left:p * (left + columns)]
             with self.autocast():
-                logits = self(batch).logits.float().cpu()             # (B, rows, columns)
-            for (top, left), grid in zip(some, logits):
-                total[top:top + rows, left:left + columns] += grid
-                times[top:top + rows, left:left + columns] += 1
+                logits = self(window[None].to(self.bias.device)).logits       # (1, rows, columns)
+            total[top:top + rows, left:left + columns] += logits[0].float().cpu()
+            times[top:top + rows, left:left + columns] += 1
         return total / times                                          # (h, w)
 
     def logits_of(self, picture, raw=False):
         """PIL RGB -> logits of the map (H, W), less their mean, and of the score (), before
         calibration.
 
-        raw: the map as the network gives it, not closed, filled and smoothed. Raises ValueError.
+        raw: the map as the network gives it, not smoothed. Raises ValueError.
         """
         if min(picture.size) < MIN_SIDE:
             raise ValueError(f"found {picture.width} x {picture.height} pixels, expected at least "
@@ -111,14 +107,14 @@ class SAPL(ecpl.SAPL):
         score = ecpl.pool_score(grid.flatten()[None], self.config["rho"])[0]      # ()
         grid = grid - grid.mean()                # ours: what is everywhere tells nothing of where
         if not raw:
-            grid = ecpl.regions(grid[None])[0]                        # (h, w)
+            grid = ecpl.smooth(grid[None])[0]                         # (h, w)
         W, H = picture.size
         map = F.interpolate(grid[None, None], (H, W), mode="bilinear")[0, 0]      # (H, W)
         return map, score
 
     def localize(self, source, raw=False):
-        """A path, a PIL image or an array (H, W, 3) uint8 -> Result. Raises ValueError
-        (data.BadPicture for a file that cannot be read)."""
+        """A path, a PIL image or an array (H, W, 3) uint8 -> Result. Raises ValueError,
+        one line."""
         if isinstance(source, (str, Path)):
             source = data.open_image(source)
         elif isinstance(source, np.ndarray):
@@ -134,11 +130,6 @@ class SAPL(ecpl.SAPL):
 
 
 # ------------------------------------------------------------------------- what people look at
-
-def to_grey(map):
-    """(H, W) in [0, 1] -> PIL L image."""
-    return Image.fromarray((255 * map + 0.5).astype(np.uint8))
-
 
 def overlay(picture, result):
     """The picture, tinted and outlined where the map lies above 0.5 -> PIL RGB."""
@@ -256,7 +247,8 @@ def answer(model, path, out, name, raw):
         result = model.localize(picture, raw)
         row["seconds"] = round(time.time() - began, 3)
 
-        to_grey(result.map).save(out / f"{name}_map.png", compress_level=1)
+        grey = Image.fromarray((255 * result.map + 0.5).astype(np.uint8))
+        grey.save(out / f"{name}_map.png", compress_level=1)
         Image.fromarray(result.mask).convert("L").save(out / f"{name}_mask.png")
         overlay(picture, result).save(out / f"{name}_overlay.png", compress_level=1)
         row |= {"decision": result.decision, "score": round(result.score, 4),
@@ -312,7 +304,7 @@ def parse(arguments=None):
                         help="of train.py (default: the shipped weights/tiny.pt)")
     parser.add_argument("--out", metavar="DIR", default="out", help="(default out)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--raw", action="store_true", help="a map that is not closed and smoothed")
+    parser.add_argument("--raw", action="store_true", help="a map that is not smoothed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                         help="auto: bf16 where the hardware has it")

@@ -49,7 +49,7 @@ class Config:
     resume: bool = option(False, "go on with the run in --out")
     # pictures
     size: int = option(128, "side of the training crops, pixels", least=16)
-    count: int = option(8192, "pictures an epoch with --synthesize, half of them genuine", least=2)
+    count: int = option(3200, "pictures an epoch with --synthesize, half of them genuine", least=2)
     val: float = option(0.15, "share held out to choose and calibrate", least=0.01, most=0.9)
     # model
     clip: str = option("tiny", "start: tiny (the shipped SAPL), ViT-B/32, ViT-B/16, ViT-L/14, "
@@ -59,8 +59,7 @@ class Config:
     zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")
     max_side: int = option(512, "longest side of a picture at inference, pixels", least=16)
     window: int = option(256, "side of the windows to judge in, pixels; 0 = as a whole", least=0)
-    tune: str = option("lora", "what of CLIP is trained", ("lora", "full", "none"))
-    lora_rank: int = option(8, "rank of LoRA", least=1)
+    lora_rank: int = option(0, "rank of LoRA; 0: CLIP stays as it is", least=0)
     lora_share: float = option(0.25, "share of the blocks with LoRA, the last", least=0, most=1)
     # loss
     hecl: float = option(0.1, "weight of the edge contrastive loss; 0 = off", least=0)
@@ -71,7 +70,7 @@ class Config:
     # training
     epochs: int = option(5, "passes over the training pictures", least=1)
     batch: int = option(32, "pictures a step, of all processes together", least=2)
-    lr: float = option(5e-4, "learning rate; with --tune full a fifth of it for CLIP", least=0)
+    lr: float = option(5e-4, "learning rate", least=0)
     seed: int = option(0, "of everything random", least=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
     precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "bf16", "fp32"))
@@ -121,8 +120,8 @@ def check(config, given):
     ignored = {}
     if config.data:
         ignored["count"] = "--data"
-    if config.tune != "lora":
-        ignored |= dict.fromkeys(("lora_rank", "lora_share"), f"--tune {config.tune}")
+    if config.lora_rank == 0:
+        ignored["lora_share"] = "--lora-rank 0"
     if config.hecl == 0:
         ignored |= dict.fromkeys(("hecl_queue", "hecl_tau", "hecl_share", "hecl_top"), "--hecl 0")
     for name in given:
@@ -172,18 +171,13 @@ def make_sets(config, train, val):
 
 
 def batches(labels, config, epoch):
-    """The order of an epoch, from (seed, epoch) alone: indices (steps, batch). Each class is spread
-    evenly, so that every batch has both; the two of a synthetic pair lie in one batch."""
+    """The order of an epoch, from (seed, epoch) alone: indices (steps, batch). The two of a
+    synthetic pair lie in one batch."""
     rng = np.random.default_rng((config.seed, epoch))
+    order = rng.permutation(len(labels))
     if config.synthesize:
-        pairs = rng.permutation(len(labels) // 2)
-        order = np.stack([2 * pairs, 2 * pairs + 1], axis=1).flatten()           # pair after pair
-    else:
-        place = np.zeros(len(labels))
-        for label in (0, 1):
-            members = rng.permutation(np.flatnonzero(np.array(labels) == label))
-            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        order = place.argsort()
+        pairs = order[order % 2 == 0]
+        order = np.stack([pairs, pairs + 1], axis=1).flatten()                   # pair after pair
 
     steps = len(order) // config.batch
     if steps == 0:
@@ -192,31 +186,18 @@ def batches(labels, config, epoch):
     return order[:steps * config.batch].reshape(steps, config.batch)
 
 
-def load(dataset, plan, config):
-    """The batches of a plan, lists of indices, made ahead by --workers processes."""
-    return DataLoader(dataset, batch_sampler=plan, num_workers=config.workers,
-                      generator=torch.Generator())
-
-
 # ----------------------------------------------------------------------------------------- model
 
 def is_sapl(name):
     """Whether --clip names a checkpoint of SAPL, not a CLIP."""
-    if name == "tiny":
-        return True
-    if name in clip.OFFICIAL or not Path(name).is_file():
-        return False
     try:
-        ecpl.load_checkpoint(name)
-    except ValueError as error:
-        if "another version" in str(error):
-            raise
+        return name == "tiny" or "format" in torch.load(name, "cpu", weights_only=True)
+    except Exception:            # the name of a CLIP, an archive of OpenAI, or no file at all
         return False
-    return True
 
 
 def make_model(config, given):
-    """A new SAPL around a CLIP, or, from a checkpoint of SAPL, that one with --tune's weights."""
+    """A new SAPL around a CLIP, or one that goes on from a checkpoint of SAPL."""
     torch.manual_seed(config.seed)
     settings = dataclasses.asdict(config)
 
@@ -232,28 +213,18 @@ def make_model(config, given):
             raise ValueError(f"found {flag(name)}, but --clip {config.clip} keeps its own "
                              f"({old.config[name]}): leave it out, or start from a CLIP")
         settings[name] = old.config[name]
+    own = {key: x for key, x in old.state_dict().items()
+           if not ecpl.is_backbone(key) and ".lora." not in key}
 
-    settings["clip"] = old.clip.name = "tuned " + old.clip.name.removeprefix("tuned ")
+    if old.config["lora_rank"] > 0:
+        clip.merge_lora(old.clip)
+        old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
+    settings["clip"] = old.clip.name
     model = ecpl.SAPL(old.clip, settings)
-    own = {key: x for key, x in old.state_dict().items() if not ecpl.is_backbone(key)}
     model.load_state_dict(own, strict=False)         # LoRA is new
     model.map_shift.zero_()                          # calibrated anew in the end
     model.score_shift.zero_()
     return model
-
-
-def parameter_groups(model, hecl, config):
-    """AdamW's groups: CLIP's own weights learn slower, matrices decay."""
-    groups = {}
-    for name, p in [*model.named_parameters(), *hecl.named_parameters("hecl")]:
-        if p.requires_grad:
-            kind = (ecpl.is_backbone(name), p.ndim > 1)
-            groups.setdefault(kind, {"params": []})["params"].append(p)
-
-    for (backbone, matrix), group in groups.items():
-        group["full_lr"] = config.lr / 5 if backbone else config.lr
-        group["weight_decay"] = 0.02 if matrix else 0.0                          # ours
-    return [groups[kind] for kind in sorted(groups)]
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -299,9 +270,10 @@ def auc(values, labels):
 def validate(run, dataset):
     """Loss and image AUC on held-out pictures, by their labels."""
     plan = [part.tolist() for part in torch.arange(len(dataset)).split(run.config.batch)]
+    loader = DataLoader(dataset, batch_sampler=plan, num_workers=run.config.workers)
     found = []
     run.model.eval()
-    for image, label, _ in load(dataset, plan, run.config):
+    for image, label, _ in loader:
         with run.model.autocast():
             output = run.model(image.to(run.device))
         found.append(torch.stack([label.float(), output.score.float().cpu()]))   # (2, B)
@@ -378,10 +350,7 @@ def settings_of(given):
         raise ValueError(f"found no run in {out}, expected one for --resume: leave that out "
                          "to start, or name its --out")
     state = ecpl.load_checkpoint(last)
-    own = state.get("settings", {})
-    if set(own) != set(vars(config)):
-        raise ValueError(f"found {last}, which holds no training of this version, expected one: "
-                         "start anew")
+    own = state["settings"]
     for name, value in given.items():
         if name not in FREE and value != own[name]:
             raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
@@ -389,10 +358,6 @@ def settings_of(given):
 
     config = Config(**own | given)
     check(config, ())
-    done = len(state["history"])
-    if config.epochs < done:
-        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done {done}, "
-                         f"expected more: --epochs {2 * done}")
     return config, state
 
 
@@ -415,7 +380,7 @@ class Run:
         self.config = config
         self.device, self.rank, self.world = connect(config.device)
         if state:
-            self.model = ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu", merge=False)
+            self.model = ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu")
         else:
             self.model = make_model(config, given)
         self.model = self.model.to(self.device).train()
@@ -425,8 +390,9 @@ class Run:
         self.hecl = HECL(levels=len(self.model.config["levels"]), width=D, dim=64,       # ours: 64
                          queue=config.hecl_queue, tau=config.hecl_tau, share=config.hecl_share,
                          top=config.hecl_top).to(self.device).requires_grad_(config.hecl > 0)
-        groups = parameter_groups(self.model, self.hecl, config)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        weights = [*self.model.parameters(), *self.hecl.parameters()]
+        self.weights = [p for p in weights if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=0.02, fused=True)  # ours
         self.history = []                                        # one row an epoch
         if state:
             self.hecl.load_state_dict(state["hecl"])
@@ -473,27 +439,24 @@ def learning_rate(done):
 def train_epoch(run, objective, train_set, epoch):
     """One pass over the pictures -> its mean losses: sum, entropy, HECL."""
     config = run.config
-    weights = [p for p in objective.parameters() if p.requires_grad]
     train_set.epoch = epoch
     plan = batches(train_set.labels, config, epoch)                              # (steps, batch)
     steps = len(plan)
     parts = plan.reshape(steps, run.world, -1)           # of each batch, one for each process
+    own = parts[:, run.rank].tolist()
+    loader = DataLoader(train_set, batch_sampler=own, num_workers=config.workers)
     total = torch.zeros(3, device=run.device)
 
-    for step, (image, labels, _) in enumerate(load(train_set, parts[:, run.rank].tolist(), config)):
+    for step, (image, labels, _) in enumerate(loader):
         done = (epoch * steps + step + 1) / (config.epochs * steps)
         for group in run.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * learning_rate(done)
+            group["lr"] = config.lr * learning_rate(done)
 
         # losses and gradients
         with run.model.autocast():
             losses = objective(image.to(run.device), labels.to(run.device), min(1, done / WARMUP))
         losses[0].backward()
-        length = nn.utils.clip_grad_norm_(weights, 1.0)                          # ours: length 1
-        if not length.isfinite():
-            raise ValueError(f"found loss {losses[0]:.4g}, gradient {length:.4g} in epoch "
-                             f"{epoch + 1}, step {step + 1}, expected numbers: lower --lr, start "
-                             "anew")
+        nn.utils.clip_grad_norm_(run.weights, 1.0)                               # ours: length 1
 
         # update
         run.optimizer.step()
@@ -532,9 +495,9 @@ def train(config, state=None, given=()):
         speed = len(train_set) / (time.time() - began)
         row = {"epoch": epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
         row |= validate(run, val_set)
-        if not math.isfinite(row["val_loss"]):
-            raise ValueError(f"found a validation loss of {row['val_loss']} in epoch {epoch + 1}, "
-                             "expected a number: lower --lr")
+        if not math.isfinite(loss + row["val_loss"]):
+            raise ValueError(f"found loss {loss}, {row['val_loss']} in validation, in epoch "
+                             f"{epoch + 1}, expected numbers: lower --lr, start anew")
         row["pictures_per_s"] = speed
         row["minutes_left"] = (config.epochs - epoch - 1) * (time.time() - began) / 60
         run.end_epoch(row)
@@ -548,7 +511,7 @@ def finish(run, genuine):
     """Calibrate best.pt on held-out genuine pictures and say what comes next."""
     config = run.config
     best = Path(config.out, "best.pt")
-    model = infer.SAPL.load(best, run.device, config.precision, merge=False)
+    model = infer.SAPL.load(best, run.device, config.precision)
     calibrate(model, genuine)
     ecpl.save_checkpoint(best, model)
     row = best_of(run.history)

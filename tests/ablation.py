@@ -3,7 +3,7 @@
     python tests/ablation.py --clip FILE [FILE ..] --photos GENUINE_PHOTOS --composites SET
 
 Each run trains one variant, CLIP frozen or with LoRA, on synthetic manipulations of the photos, by
-image labels alone, as train.py does by default. All variants have the same pictures, steps and
+image labels alone, as train.py does. All variants have the same pictures, steps and
 seeds. Of the photos, sorted by name, every eighth never trains (nor did it in weights/make.py), and
 every sixteenth makes the test set "synthetic"; "composites" is SET, which no run has trained on.
 
@@ -106,7 +106,8 @@ def prepare(folder, out):
 def fit(tower, tune, variant, seed, train_list, folder, args):
     """Train a variant -> an infer.SAPL, in fp32: bf16 rounds small differences of text."""
     kind, hecl = VARIANTS[variant]
-    config = train.Config(synthesize=str(train_list), out=str(folder), clip=tower, tune=tune,
+    rank = 8 if tune == "lora" else 0
+    config = train.Config(synthesize=str(train_list), out=str(folder), clip=tower, lora_rank=rank,
                           hecl=hecl, seed=int(seed), size=args.size, count=args.count, epochs=1,
                           val=0.02, workers=0)
     shutil.rmtree(folder, ignore_errors=True)            # of a run that did not end

@@ -120,16 +120,20 @@ def bench_clip(args):
 
 def training(side):
     """The shipped model, image tower trained -> what `make_step` needs, random pictures."""
-    config = train.Config(clip="tiny", tune="full")
-    if hasattr(ecpl, "SAPL"):
-        run = train.Run(config, None, ())
-        objective = train.Objective(run.model, run.hecl, config.hecl, 1.0)
-    else:                                                    # the first edition
-        run = train.Run(config, device=DEVICE)
-        objective = train.Objective(run.model, run.hecl, config, 1.0)
     image = torch.rand(BATCHES[side], 3, side, side, device=DEVICE)
     labels = torch.arange(len(image), device=DEVICE) % 2
-    return objective.to(DEVICE), run.optimizer, image, labels
+    if not hasattr(ecpl, "SAPL"):                            # the first edition
+        config = train.Config(clip="tiny", tune="full")
+        run = train.Run(config, device=DEVICE)
+        objective = train.Objective(run.model, run.hecl, config, 1.0)
+        return objective.to(DEVICE), run.optimizer, image, labels
+
+    config = train.Config(clip="tiny")
+    run = train.Run(config, None, ())
+    run.model.clip.visual.requires_grad_(True)
+    objective = train.Objective(run.model, run.hecl, config.hecl, 1.0).to(DEVICE)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    return objective, torch.optim.AdamW(trained, fused=True), image, labels
 
 
 def make_step(objective, optimizer, image, labels, in_bf16=True):

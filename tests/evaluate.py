@@ -516,7 +516,7 @@ def parse(arguments=None):
     attacks.add_argument("--attack", help="first jpeg:QUALITY, blur:KERNEL or noise:VARIANCE")
     attacks.add_argument("--robustness", action="store_true", help=f"also {', '.join(ATTACKS)}")
     parser.add_argument("--raw", action="store_true",
-                        help="the map before it is closed, filled and smoothed")
+                        help="the map before it is smoothed")
     parser.add_argument("--limit", type=int, metavar="N", help="N pictures of each set, spread")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",

@@ -6,8 +6,8 @@ from PIL import Image
 import clip
 import ecpl
 
-CONFIG = {"clip": "mini", "levels": (1, 2), "context": 4, "rho": 0.1, "zoom": 1, "tune": "full",
-          "lora_rank": 2, "lora_share": 0.5, "max_side": 128, "window": 0, "size": 64}
+CONFIG = {"clip": "mini", "levels": (1, 2), "context": 4, "rho": 0.1, "zoom": 1,
+          "lora_rank": 0, "lora_share": 0.5, "max_side": 128, "window": 0, "size": 64}
 
 
 def mini_clip(seed=0):

@@ -57,12 +57,12 @@ def close(a, b, tolerance=1e-5):
 @pytest.fixture
 def vocabulary(monkeypatch):
     """OpenAI's vocabulary file, if this machine has it."""
-    name = clip.VOCABULARY.rpartition("/")[2]
-    for folder in (clip.cache_folder(), HERE.parents[1] / "shared" / "clip"):
-        if (folder / name).is_file():
+    path = clip.cached(clip.VOCABULARY)
+    for folder in (path.parent, HERE.parents[1] / "shared" / "clip"):
+        if (folder / path.name).is_file():
             monkeypatch.setenv("CLIP_CACHE", str(folder))
             return
-    pytest.skip(f"no {name} in {clip.cache_folder()}")
+    pytest.skip(f"no {path}")
 
 
 def test_ids_equal_openais(vocabulary):
@@ -102,11 +102,11 @@ def test_merges_in_the_order_they_were_learned(monkeypatch, tmp_path):
     monkeypatch.setattr(clip, "VOCABULARY_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
 
-    tokenizer = clip.Tokenizer.__wrapped__(519)                # not the one that is kept
+    tokenizer = clip.Tokenizer(519)
     pieces = tokenizer.pieces("low lower aaab <|endoftext|>")
     assert pieces[1:-1] == ["low</w>", "lo", "w", "e", "r</w>", "aa", "a", "b</w>", "<|endoftext|>"]
     assert tokenizer.ids["lo"] == 512 and tokenizer.ids["<|endoftext|>"] == 518
-    first_merge_only = clip.Tokenizer.__wrapped__(515)
+    first_merge_only = clip.Tokenizer(515)
     assert first_merge_only.pieces("low")[1:-1] == ["lo", "w</w>"]
 
 
@@ -233,12 +233,6 @@ def test_sizes_that_do_not_fit_are_an_error(model, size):
         model.encode_image(torch.zeros(1, 3, *size))
 
 
-@pytest.mark.parametrize("level", [0, 4, -1])
-def test_levels_that_do_not_exist_are_an_error(model, level):
-    with pytest.raises(ValueError, match="from 1 to 3"):
-        model.encode_patches(torch.zeros(1, 3, 64, 64), [level])
-
-
 @torch.no_grad()
 def test_short_prompts_equal_77_tokens(model, reference):
     tokens = reference["input/token_ids"]
@@ -277,7 +271,8 @@ def test_lora_starts_as_the_identity_trains_alone_and_merges(weights, reference)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plain = model.encode_image(pixels).detach()
 
-    added = clip.add_lora(model.visual, rank=4, alpha=8)       # 3 blocks, A and B
+    clip.add_lora(model.visual, rank=4, alpha=8)               # 3 blocks, A and B
+    added = [p for p in model.visual.parameters() if p.requires_grad]
     assert [tuple(p.shape) for p in added] == [(4, 128), (384, 4)] * 3
     assert torch.equal(model.encode_image(pixels), plain)
 
@@ -441,7 +436,7 @@ HOSTILE = {
     "absolute path": (tensor_program(key="/etc/passwd"), "etc/passwd"),
     "absurd bytes": (b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.", "no readable archive"),
     "dictionary twice in itself": (
-        b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "no CLIP"),
+        b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "recursion"),
     "no end": (b"\x80\x02}", "no readable archive"),
     "empty": (b"", "no readable archive"),
     "no dictionary": (b"\x80\x02K\x01.", "no CLIP"),
@@ -494,12 +489,12 @@ def test_incomplete_archives(tmp_path, what):
 
 MISFITS = {                                    # what is replaced, added, or (None) left out
     "ln_final.bias": {"ln_final.bias": None},
-    "surplus.*expected none": {"surplus": torch.zeros(3)},
+    "Unexpected.*surplus": {"surplus": torch.zeros(3)},
     "visual.proj": {"visual.proj": torch.zeros(100, 48)},
     "ResNet.*visual.conv1.weight": {"visual.conv1.weight": None},
     "visual.class_embedding": {"visual.class_embedding": torch.zeros(())},
-    "odd: tuple index": {"visual.conv1.weight": torch.zeros(())},
-    "odd: .*zero": {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)},
+    "tuple index": {"visual.conv1.weight": torch.zeros(())},
+    "by zero": {"visual.conv1.weight": torch.zeros(128, 3, 0, 0)},
     "positional_embedding": {"visual.positional_embedding": torch.zeros(18, 128)},
     "NaN.*ln_post.bias": {"visual.ln_post.bias": torch.full((128,), math.nan)},
     "infinity.*text_projection": {"text_projection": torch.eye(64, 48).log()},
@@ -594,9 +589,9 @@ def web(monkeypatch, tmp_path):
 def test_where_downloads_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("CLIP_CACHE", raising=False)
-    assert clip.cache_folder() == tmp_path / ".cache" / "clip"
+    assert clip.cached("https://there/of/file.pt") == tmp_path / ".cache" / "clip" / "file.pt"
     monkeypatch.setenv("CLIP_CACHE", "~/elsewhere")
-    assert clip.cache_folder() == tmp_path / "elsewhere"
+    assert clip.cached("https://there/of/file.pt") == tmp_path / "elsewhere" / "file.pt"
 
 
 def test_a_file_is_downloaded_once(web, tmp_path, capsys):
@@ -606,7 +601,7 @@ def test_a_file_is_downloaded_once(web, tmp_path, capsys):
     (folder / "file.pt").write_bytes(content)
     path = clip.fetch(f"{url}/file.pt", sha256)
     assert path.read_bytes() == content
-    assert "file.pt, 262,144 bytes" in capsys.readouterr().err
+    assert "100" in capsys.readouterr().err                    # a bar shows how far it is
 
     (folder / "file.pt").unlink()                              # now it must be found in the cache
     assert clip.fetch(f"{url}/file.pt", sha256) == path
@@ -675,22 +670,6 @@ def test_bfloat16_is_close_to_float32(model, reference):
                        (text, reference["output/text_features"])):
         assert not torch.equal(half.float(), full)
         assert F.cosine_similarity(half.float(), full, dim=-1).min() > 0.999
-
-
-@pytest.mark.parametrize("amx, avx512, expected", [
-    (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)])
-def test_native_dtype_of_a_cpu(monkeypatch, amx, avx512, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert clip.native_dtype(torch.device("cpu")) == expected
-
-
-@pytest.mark.parametrize("capability, expected", [
-    ((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((10, 0), torch.bfloat16)])
-def test_native_dtype_of_a_gpu(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert clip.native_dtype(torch.device("cuda", 1)) == expected
-    assert clip.native_dtype(torch.device("mps")) == torch.float32
 
 
 # ---------------------------------------------------------------------------------------- lesson

@@ -1,4 +1,4 @@
-"""ECPL and SAPL: edges, prompts, map, score, regions, checkpoints: references and properties."""
+"""ECPL and SAPL: edges, prompts, map, score, checkpoints: references and properties."""
 import math
 import os
 
@@ -37,7 +37,7 @@ def make_ecpl(reads=True):
     tower = mini.mini_clip()
     module = ecpl.ECPL(tower, levels=2, context=4).eval()
     if reads:
-        nn.init.normal_(module.out.weight)
+        nn.init.normal_(module.attention.out_proj.weight)
     return tower, module
 
 
@@ -144,12 +144,12 @@ def test_prompts_equal_the_formula():
     G = module.projections[0](enhanced[0])
     G = G + module.projections[1](enhanced[1])
     V = module.context.view(1, 8, 64).expand(2, -1, -1)
-    attention = nn.MultiheadAttention(64, 1, batch_first=True)       # PyTorch's, same weights
-    maps = (module.query, module.key, module.value)
-    attention.in_proj_weight.copy_(torch.cat([each.weight for each in maps]))
-    attention.in_proj_bias.copy_(torch.cat([each.bias for each in maps]))
-    attention.out_proj.load_state_dict(module.out.state_dict())
-    read, _ = attention(module.norm_query(V), G, G)
+    maps = module.attention.in_proj_weight.chunk(3)                  # one head of 64 numbers
+    biases = module.attention.in_proj_bias.chunk(3)
+    q = F.linear(module.norm_query(V), maps[0], biases[0])
+    k = F.linear(G, maps[1], biases[1])
+    v = F.linear(G, maps[2], biases[2])
+    read = module.attention.out_proj((q @ k.mT / 8).softmax(dim=-1) @ v)
     step = tower.token_embedding.weight.std()
     assert torch.allclose(module.prompts(enhanced), V + step * read, atol=1e-5)
 
@@ -208,7 +208,7 @@ def test_depths_start_small():
 
 
 def test_gradients_reach_our_modules_and_nothing_of_clip():
-    model = mini.mini_sapl(tune="none")
+    model = mini.mini_sapl()
     for _ in range(2):          # what starts at zero lets gradients through from step 2
         output = model(pictures())
         F.binary_cross_entropy_with_logits(output.score, torch.tensor([0.0, 1.0])).backward()
@@ -223,14 +223,13 @@ def test_gradients_reach_our_modules_and_nothing_of_clip():
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("tune, trained", [
-    ("none", "nothing"), ("full", "visual."),
-    ("lora", "visual.transformer.resblocks.1.attn.lora.")])
-def test_what_of_clip_is_tuned(tune, trained):
-    model = mini.mini_sapl(tune=tune, lora_share=0.5)                  # of 2 blocks the last one
+@pytest.mark.parametrize("rank, trained", [
+    (0, "nothing"), (4, "visual.transformer.resblocks.1.attn.lora.")])
+def test_what_of_clip_is_tuned(rank, trained):
+    model = mini.mini_sapl(lora_rank=rank, lora_share=0.5)             # of 2 blocks the last one
     for name, parameter in model.clip.named_parameters():
         assert parameter.requires_grad == name.startswith(trained), name
-    assert (".lora." in "".join(model.state_dict())) == (tune == "lora")
+    assert (".lora." in "".join(model.state_dict())) == (rank > 0)
 
 
 @torch.no_grad()
@@ -317,125 +316,61 @@ def test_score_is_a_smooth_top_k():
     assert ecpl.pool_score(torch.tensor([[2.5]]), 0.1).item() == 2.5           # a single patch
 
 
-# --------------------------------------------------------------------------------------- regions
+# --------------------------------------------------------------------------------------- the map
 
-def brute_force(logits):
-    """Closing over 3 x 3 and the lowest way to the border, cell by cell: (h, w) -> (h, w)."""
-    h, w = logits.shape
-
-    def around(x, pick):
-        result = torch.empty(h, w)
-        for i, j in np.ndindex(h, w):
-            result[i, j] = pick(x[max(0, i - 1):i + 2, max(0, j - 1):j + 2])
-        return result
-
-    closed = torch.maximum(around(around(logits, torch.max), torch.min), logits)
-    level = closed.clone()
-    level[1:-1, 1:-1] = math.inf
-    for _ in range(h * w):
-        for i in range(1, h - 1):
-            for j in range(1, w - 1):
-                way = min(level[i - 1, j], level[i + 1, j], level[i, j - 1], level[i, j + 1])
-                level[i, j] = min(level[i, j], max(closed[i, j], way))
-    return level
-
-
-def test_regions_equal_brute_force():
+def test_a_map_is_smoothed_to_its_border():
     torch.manual_seed(0)
-    for logits in 5 * torch.randn(3, 7, 9):
-        assert torch.equal(ecpl.regions(logits[None], radius=0)[0], brute_force(logits))
-
-
-def test_regions_close_a_broken_ring_and_keep_the_rest():
-    x = torch.full((1, 12, 12), -3.0)
-    x[0, 2:9, 2:9] = 2.0
-    x[0, 3:8, 3:8] = -2.0
-    x[0, 2, 5] = -3.0                                                          # the gap
-    found = ecpl.regions(x, radius=0)
-    expected = torch.full((1, 12, 12), -3.0)
-    expected[0, 2:9, 2:9] = 2.0
-    assert torch.equal(found, expected)
-
-
-def test_a_boundary_that_touches_at_corners_encloses():
-    i, j = torch.meshgrid(torch.arange(15), torch.arange(15), indexing="ij")
-    distance = (i - 7).abs() + (j - 7).abs()
-    diamond = torch.where(distance == 5, 2.0, -2.0)
-    expected = torch.where(distance <= 5, 2.0, -2.0)
-    assert torch.equal(ecpl.regions(diamond[None], radius=0)[0], expected)
+    x = torch.randn(1, 6, 7)
+    smooth = ecpl.smooth(x)
+    assert smooth.shape == x.shape
+    assert torch.allclose(smooth[0, 2, 3], x[0, 1:4, 2:5].mean())
+    corner = F.pad(x, (1, 0, 1, 0), mode="replicate")[0, :3, :3]
+    assert torch.allclose(smooth[0, 0, 0], corner.mean())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 4)])
-def test_regions_keep_a_flat_map(size):
+def test_a_flat_map_stays_flat(size):
     flat = torch.full((1, *size), -0.3)
-    for radius in (0, 2):
-        assert torch.allclose(ecpl.regions(flat, radius), flat)
-
-
-def test_regions_commute_with_adding_a_constant():
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 7)
-    assert torch.allclose(ecpl.regions(x + 1.5, radius=1), ecpl.regions(x, radius=1) + 1.5)
-
-
-def test_regions_are_smoothed_last():
-    torch.manual_seed(0)
-    x = torch.randn(1, 6, 7)
-    filled = ecpl.regions(x, radius=0)
-    smooth = ecpl.regions(x, radius=1)
-    assert torch.allclose(smooth[0, 2, 3], filled[0, 1:4, 2:5].mean())
-    corner = F.pad(filled, (1, 0, 1, 0), mode="replicate")[0, :3, :3]
-    assert torch.allclose(smooth[0, 0, 0], corner.mean())
+    assert torch.allclose(ecpl.smooth(flat), flat)
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 
-@pytest.mark.parametrize("tune", ["full", "lora", "none"])
+@pytest.mark.parametrize("rank", [0, 4])
 @torch.no_grad()
-def test_a_checkpoint_gives_the_same_model(tmp_path, tune):
+def test_a_checkpoint_gives_the_same_model(tmp_path, rank):
     image = pictures()
-    model = moved(mini.mini_sapl(tune=tune))
+    model = moved(mini.mini_sapl(lora_rank=rank))
     model.map_shift.fill_(0.7)
     model.score_shift.fill_(-1.3)
     expected = model(image).logits
     ecpl.save_checkpoint(tmp_path / "a.pt", model, epoch=3)
     assert ecpl.load_checkpoint(tmp_path / "a.pt")["epoch"] == 3
 
-    again = ecpl.SAPL.load(tmp_path / "a.pt", "cpu", "fp32", merge=False)
+    again = ecpl.SAPL.load(tmp_path / "a.pt", "cpu", "fp32")
     assert again.config == model.config and not again.training
     assert again.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(again(image).logits, expected)
     assert again.map_shift == model.map_shift and again.score_shift == model.score_shift
 
-    merged = ecpl.SAPL.load(tmp_path / "a.pt", "cpu", "fp32")
-    assert not [key for key in merged.state_dict() if ".lora." in key]
-    ecpl.save_checkpoint(tmp_path / "b.pt", merged)
-    for model in (merged, ecpl.SAPL.load(tmp_path / "b.pt", "cpu", "fp32")):
-        assert torch.allclose(model(image).logits, expected, atol=1e-4)
 
-
-@pytest.mark.parametrize("tune", ["lora", "none", "full"])
+@pytest.mark.parametrize("rank", [0, 4])
 @torch.no_grad()
-def test_an_official_clip_is_stored_by_name_unless_it_is_tuned(tmp_path, monkeypatch, tune):
+def test_an_official_clip_is_stored_by_name(tmp_path, monkeypatch, rank):
     tower = mini.mini_clip()
     torch.save(tower.state_dict(), tmp_path / "ViT-B-16.pt")
     sha256 = clip.sha256_of(tmp_path / "ViT-B-16.pt")
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(clip, "OFFICIAL", {"ViT-B/16": sha256})
-    model = ecpl.SAPL(clip.load("ViT-B/16"), mini.CONFIG | {"clip": "ViT-B/16", "tune": tune})
+    model = ecpl.SAPL(clip.load("ViT-B/16"), mini.CONFIG | {"clip": "ViT-B/16", "lora_rank": rank})
     path = tmp_path / "sapl.pt"
     ecpl.save_checkpoint(path, model.eval())
 
     stored = ecpl.load_checkpoint(path)
-    if tune == "full":
-        assert stored["clip"].keys() == tower.state_dict().keys()
-    else:
-        assert stored["clip"] == {"name": "ViT-B/16", "sha256": sha256}
+    assert stored["clip"] == {"name": "ViT-B/16", "sha256": sha256}
     assert not [key for key in stored["model"] if ecpl.is_backbone(key)]
 
     expected = model(pictures()).logits
-    assert torch.allclose(ecpl.SAPL.load(path, "cpu", "fp32")(pictures()).logits, expected)
-    ecpl.save_checkpoint(path, ecpl.SAPL.load(path, "cpu", "fp32"))            # merged if LoRA
     assert torch.allclose(ecpl.SAPL.load(path, "cpu", "fp32")(pictures()).logits, expected)
 
 
@@ -444,12 +379,11 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
     model = mini.mini_sapl()
     ecpl.save_checkpoint(path, model, epoch=1)
 
-    def full_disk(content, file):
-        file.write(b"half of it")
+    def full_disk(file):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
+        patch.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError, match="cannot write .*m.pt .*No space.*--resume") as error:
             ecpl.save_checkpoint(path, model, epoch=2)
     assert "\n" not in str(error.value)
@@ -491,7 +425,7 @@ def test_wrong_checkpoints_are_named_in_one_line(tmp_path, what):
 
 def test_an_older_format_is_refused(tmp_path):
     torch.save({"format": 1, "config": {}, "clip": {}, "model": {}}, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match="format 1, expected format 3.*train it again"):
+    with pytest.raises(ValueError, match="format 1, expected format 4.*train it again"):
         ecpl.SAPL.load(tmp_path / "old.pt", "cpu")
 
 
@@ -530,7 +464,7 @@ def test_devices(monkeypatch):
 
 
 def test_precision(monkeypatch, tmp_path):
-    monkeypatch.setattr(clip, "native_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     ecpl.save_checkpoint(tmp_path / "m.pt", mini.mini_sapl())
     for precision, dtype in (("auto", torch.bfloat16), ("bf16", torch.bfloat16),
                              ("fp32", torch.float32)):
@@ -539,6 +473,22 @@ def test_precision(monkeypatch, tmp_path):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         with model.autocast():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize("amx, avx512, expected", [
+    (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)])
+def test_auto_precision_on_a_cpu(monkeypatch, amx, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert ecpl.pick_dtype("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("capability, expected", [
+    ((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((10, 0), torch.bfloat16)])
+def test_auto_precision_on_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ecpl.pick_dtype("auto", torch.device("cuda", 1)) == expected
+    assert ecpl.pick_dtype("auto", torch.device("mps")) == torch.float32
 
 
 # ---------------------------------------------------------------------------------------- lesson

@@ -52,7 +52,7 @@ def settings(place, out, **changes):
     """A run of 2 epochs of 4 steps on the CPU, into the folder `out`."""
     usual = {"data": str(place / "set"), "clip": str(place / "mini.pt"), "out": str(place / out),
              "size": 64, "batch": 8, "epochs": 2, "workers": 0, "val": 0.25, "lr": 2e-3,
-             "hecl_queue": 40, "device": "cpu", "precision": "fp32"}
+             "lora_rank": 4, "hecl_queue": 40, "device": "cpu", "precision": "fp32"}
     return Config(**{**usual, **changes})
 
 
@@ -228,7 +228,7 @@ def test_bf16_trains_nearly_as_fp32(place, reference):
 def test_lora_and_ecpl_learn_and_nothing_else(reference):
     before = train.make_model(reference.config, ()).state_dict()
     last = Path(reference.config.out, "last.pt")
-    after = ecpl.SAPL.load(last, "cpu", merge=False).state_dict()
+    after = ecpl.SAPL.load(last, "cpu").state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     calibration = {"map_shift", "score_shift"}                   # only best.pt has it
     ours = {key for key in before if not ecpl.is_backbone(key)} - calibration
@@ -236,39 +236,21 @@ def test_lora_and_ecpl_learn_and_nothing_else(reference):
     assert moved == ours
 
 
-@pytest.mark.parametrize("tune", ["none", "full"])
-def test_tune_none_and_full(place, tune):
-    config = settings(place, "-", tune=tune)
-    run = train.Run(config, None, ())
+def test_a_frozen_clip_stays_as_it_is(place):
+    """The default: ECPL, the depths, scale and bias learn, CLIP does not."""
+    run = train.Run(settings(place, "-", lora_rank=0), None, ())
     trained = {key for key, p in run.model.named_parameters() if p.requires_grad}
-    backbone = {key for key in trained if ecpl.is_backbone(key)}
-    assert not any("lora" in key for key in trained)
-    if tune == "none":
-        assert not backbone
-    else:
-        visual = {f"clip.visual.{key}" for key, _ in run.model.clip.visual.named_parameters()}
-        assert backbone == visual
-
-
-def test_groups_of_the_optimizer(place):
-    """CLIP's own weights learn at a fifth of the rate, matrices decay, each weight is in once."""
-    run = train.Run(settings(place, "-", tune="full"), None, ())
-    groups = run.optimizer.param_groups
-    names = {id(p): key for key, p in run.model.named_parameters()}
-    for group in groups:
-        for p in group["params"]:
-            backbone = ecpl.is_backbone(names.get(id(p), "hecl"))
-            assert group["full_lr"] == (2e-3 / 5 if backbone else 2e-3)
-            assert (group["weight_decay"] > 0) == (p.ndim > 1)
-    members = [id(p) for group in groups for p in group["params"]]
+    assert trained == {key for key in run.model.state_dict() if not key.startswith("clip.")
+                       and not key.endswith("_shift")}
     expected = [*run.model.parameters(), *run.hecl.parameters()]
-    assert sorted(members) == sorted(id(p) for p in expected if p.requires_grad)
+    members = run.optimizer.param_groups[0]["params"]
+    assert {id(p) for p in members} == {id(p) for p in expected if p.requires_grad}
 
 
-@pytest.mark.parametrize("tune", ["none", "lora"])
-def test_hecl_trains_every_level_of_the_map(place, tune):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_hecl_trains_every_level_of_the_map(place, rank):
     """On a frozen tower too: its features have no gradient, but the projections of each level."""
-    run = train.Run(settings(place, "-", tune=tune), None, ())
+    run = train.Run(settings(place, "-", lora_rank=rank), None, ())
     objective = train.Objective(run.model, run.hecl, 0.1, 1.0)
     losses = objective(torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 0, 1]), 1.0)        # (3,)
     losses[2].backward()
@@ -307,7 +289,7 @@ def test_unreadable_masks_change_nothing(place, reference):
 
 def test_a_start_from_sapl_answers_like_it(place, reference):
     best = Path(reference.config.out, "best.pt")
-    config = settings(place, "-", clip=str(best), tune="full")
+    config = settings(place, "-", clip=str(best), lora_rank=0)
     start = train.make_model(config, ()).eval()
     old = ecpl.SAPL.load(best, "cpu")
     image = torch.rand(2, 3, 64, 64)
@@ -320,13 +302,12 @@ def test_a_start_from_sapl_answers_like_it(place, reference):
 
 # --------------------------------------------------------------------------- order and selection
 
-def test_batches_spread_the_classes():
+def test_batches_are_the_same_for_an_epoch_and_others_for_the_next():
     labels = [0] * 30 + [1] * 20
     config = Config(batch=10, seed=3, data="set")
     plan = train.batches(labels, config, epoch=1)                                # (steps, batch)
     assert plan.shape == (5, 10)
     assert sorted(plan.ravel().tolist()) == list(range(50))
-    assert np.take(labels, plan).sum(axis=1).tolist() == [4] * 5
     assert np.array_equal(plan, train.batches(labels, config, epoch=1))
     assert not np.array_equal(plan, train.batches(labels, config, epoch=2))
 
@@ -432,12 +413,12 @@ def test_log(reference):
 def test_few_of_the_genuine_lie_above_one_half(reference):
     """At most 7 % of the pixels and 10 % of the pictures on which best.pt is calibrated."""
     best = Path(reference.config.out, "best.pt")
-    model = infer.SAPL.load(best, "cpu", "fp32", merge=False)
+    model = infer.SAPL.load(best, "cpu", "fp32")
     _, held_out = train.read_pictures(reference.config)
     rng = np.random.default_rng(0)
     found = [model.localize(train.worn(p.path, rng)) for p in held_out if p.label == 0]
     assert len(found) == 6
-    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.07
+    assert 0 < np.mean([result.mask.mean() for result in found]) <= 0.07
     scores = [result.score for result in found]
     assert np.mean([score > 0.5 for score in scores]) <= 0.1
     assert max(scores) == pytest.approx(0.5)                     # no higher than it must be
@@ -548,13 +529,10 @@ def test_full_disk_keeps_the_last_good(place, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("batch", [8, 36])
-def test_a_loss_that_is_no_number_stops_and_is_not_saved(place, batch):
-    """Within an epoch, and in the validation after its only step."""
-    config = settings(place, f"nan-{batch}", lr=1e30, batch=batch)
-    with pytest.raises(ValueError, match="found .*nan.* epoch .*lower --lr") as error:
+def test_a_loss_that_is_no_number_stops_and_is_not_saved(place):
+    config = settings(place, "nan", lr=1e30)
+    with pytest.raises(ValueError, match="found loss nan.* in epoch 1.*lower --lr"):
         train.train(config)
-    assert "None" not in str(error.value)
     assert not Path(config.out, "last.pt").exists()
 
 
@@ -595,8 +573,6 @@ def test_a_finished_run_stays_as_it_is_or_is_trained_longer(place, reference, ca
     assert "finished: the best is epoch" in capsys.readouterr().out
     for name in ("best.pt", "last.pt"):
         assert same(ecpl.load_checkpoint(out / name), saved(reference.config, name))
-    assert train.main(["--out", str(out), "--resume", "--epochs", "1"]) == 2
-    assert "--epochs 4" in capsys.readouterr().err               # more than are done
     assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 0
     assert "from epoch 3" in capsys.readouterr().out
     history = ecpl.load_checkpoint(out / "last.pt")["history"]
@@ -655,7 +631,7 @@ def test_two_processes_are_one(place, reference):
             assert abs(a[key] - b[key]) < 1e-5
     assert largest_difference(one["hecl"], two["hecl"]) < 1e-5
     assert largest_difference(one["model"], two["model"]) < 1e-4
-    assert one["hecl"]["queues.0.filled"] == 40                  # full, so it has wrapped
+    assert one["hecl"]["queues.0.features"].any(dim=-1).all()    # full, so the oldest have gone
 
 
 @without_cuda
@@ -769,8 +745,7 @@ def test_size_below_the_patch():
     ("--out {0}/mini.pt/run", "found a file, .*mini.pt, expected a folder"),
     ("--resume", "found no run in .*wrong, expected one for --resume"),
     ("--count 10", "--count, which --data ignores"),
-    ("--tune none --lora-rank 4", "--lora-rank, which --tune none ignores"),
-    ("--tune full --lora-share 1", "--lora-share, which --tune full ignores"),
+    ("--lora-share 1", "--lora-share, which --lora-rank 0 ignores"),
     ("--hecl 0 --hecl-tau 0.2", "--hecl-tau, which --hecl 0 ignores"),
     ("--clip tiny --context 4", r"--context, but --clip tiny keeps its own \(\d+\)"),
     ("--clip {0}/reference/best.pt --context 4", r"--context, but --clip .*best.pt keeps its own")])

@@ -44,7 +44,7 @@ import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
 import pictures                                                 # noqa: E402
 import synthesis                                                # noqa: E402
-from ecpl import CLASSES, pick_device, pool_score               # noqa: E402
+from ecpl import CLASSES, pick_device, pick_dtype, pool_score   # noqa: E402
 from pictures import send                                       # noqa: E402
 from train import auc                                           # noqa: E402
 
@@ -248,7 +248,7 @@ def region_batches(training, source):
 def autocast(device):
     """The context in which matrices are multiplied in bfloat16, if the hardware can do that. No
     cache: a recording would keep it."""
-    native = clip.native_dtype(device) == torch.bfloat16
+    native = pick_dtype("auto", device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=native, cache_enabled=False)
 
 
@@ -315,7 +315,7 @@ def orthogonal(matrices):
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.to(clip.native_dtype(x.device))
+    x = x.to(pick_dtype("auto", x.device))
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x

@@ -27,9 +27,10 @@ def main():
     args = parser.parse_args()
 
     model = infer.SAPL.load(args.checkpoint, "cpu")
-    keep = ("levels", "context", "rho", "zoom", "max_side", "window")
-    config = {key: model.config[key] for key in keep}
-    model.config = config | {"clip": "tiny", "tune": "full"}
+    clip.merge_lora(model.clip)
+    model.clip.name = "tiny"
+    config = {key: model.config[key] for key in train.MODEL}
+    model.config = config | {"clip": "tiny", "lora_rank": 0, "lora_share": 0.0}
     if args.window is not None:
         model.config["window"] = args.window
     model.half().float()                                        # calibrate what will be stored
