@@ -380,7 +380,7 @@ def merge_lora(model):
 
 def sizes_of(shapes):
     """{key: shape} of a state dict -> the arguments of `CLIP`."""
-    stem = [shape for key, shape in shapes.items()
+    stem = [shape[0] for key, shape in shapes.items()
             if key.startswith("visual.stem.") and key.endswith(".weight")]
     blocks = [key for key in shapes if key.endswith(".ln_1.weight")]
     vision_layers = len([key for key in blocks if key.startswith("visual.")])
@@ -393,7 +393,7 @@ def sizes_of(shapes):
         vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
         context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
         transformer_width=transformer_width, transformer_layers=len(blocks) - vision_layers,
-        stem=[shape[0] for shape in stem[:-1]])                    # the last makes Dv
+        stem=stem[:-1])                                            # the last makes Dv
 
 
 def build(state_dict, device="cpu"):
@@ -468,6 +468,7 @@ def read_archive(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            # exactly one
             index, = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             found = find_tensors(Unpickler(archive, index).load())
     except Exception as error:                           # damage has many faces

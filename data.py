@@ -40,7 +40,7 @@ def opened(path):
 
 def to_rgb(image, background="white"):
     """PIL image of any mode -> RGB: deeper than 8 bits scaled down, what is transparent filled."""
-    if image.mode[0] in "IF":                               # one channel: I;16, I, F
+    if image.mode.startswith(("I", "F")):                   # one channel: I;16, I, F
         values = np.asarray(image, dtype=np.float32)                              # (H, W)
         if values.max() > 255:
             values = values / 257
@@ -153,7 +153,8 @@ def roles_in(layout, names):
             groups = match(getattr(layout, role), name)
             if groups is not None:
                 found[role] = groups
-        if found and list(found) != ["genuine", "manipulated"]:        # tp/real/ could be both
+        unclear = set(found) == {"genuine", "manipulated"}             # such as tp/real/
+        if found and not unclear:
             roles[file] = next(iter(found.items()))
     return roles
 
@@ -298,7 +299,7 @@ def check(picture, decode):
             open_image(picture.path)
         if picture.mask:
             found, _ = picture_size(picture.mask)
-            if found == size[::-1] != size:
+            if found != size and found == (size[1], size[0]):
                 return f"mask on its side, will be turned: {picture.mask}"
             if found != size:
                 return f"mask of another size than its picture: {picture.mask}"
@@ -357,12 +358,13 @@ def split(pictures, fraction, seed):
 def degrade(image, size, rng):
     """Rescale a PIL RGB image to `size` (W, H), then blur, noise and JPEG, each sometimes (ours):
     compression or sharpness shall not tell the classes. Equal rng, equal treatment."""
-    sampling = Image.Resampling(rng.choice([1, 2, 3]))       # Lanczos, bilinear, bicubic
+    kinds = (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    sampling = kinds[rng.integers(3)]
     if image.size != size:
         image = image.resize(size, sampling)
 
     if rng.random() < 0.15:
-        image = image.filter(ImageFilter.GaussianBlur(0.3 * 13 ** rng.random()))
+        image = image.filter(ImageFilter.GaussianBlur(0.3 * 13 ** rng.random()))     # 0.3 .. 3.9
     if rng.random() < 0.15:
         image = add_noise(image, rng.uniform(1, 6), rng)
     if rng.random() < 0.65:

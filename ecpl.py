@@ -14,6 +14,7 @@ Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text widt
 M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
 import io
+import math
 import os
 import shutil
 from pathlib import Path
@@ -244,7 +245,7 @@ class SAPL(nn.Module):
         features = F.normalize(features.float(), dim=-1)                       # (B, N, D)
         difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
         cosines = (features * difference).sum(dim=-1)                          # (B, N)
-        scale = self.log_scale.clamp(0, 4.6).exp()           # ours: 1 .. 99.5, as CLIP bounds it
+        scale = self.log_scale.clamp(0, math.log(100)).exp()           # as CLIP bounds it
         return scale * cosines + self.bias
 
     def forward(self, image):

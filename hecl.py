@@ -78,7 +78,7 @@ def contrast(anchors, classes, keys, key_classes, ignore, tau):
     same = (classes[:, None] == key_classes) & ~ignore                         # (A, Q)
     usable = same.any(dim=1)                                                   # (A,)
     if not usable.any():
-        return anchors.sum() * 0                                               # ()
+        return anchors.sum() * 0         # (), a zero from which `backward` can start
 
     logits = anchors @ keys.T / tau                                            # (A, Q)
     count = same.sum(dim=1).clamp(min=1)                                       # (A,)

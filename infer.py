@@ -140,9 +140,9 @@ def overlay(picture, result):
     # a contour that shows on dark and on bright: white, with black around it
     thickness = max(picture.size) // 800 + 1
     for colour, reach in (("black", 2 * thickness), ("white", thickness)):
-        soft = mask.filter(ImageFilter.BoxBlur(reach))
-        line = soft.point([255 if 0 < value < 255 else 0 for value in range(256)])
-        canvas.paste(colour, mask=line)
+        soft = np.asarray(mask.filter(ImageFilter.BoxBlur(reach)))             # (H, W)
+        line = (0 < soft) & (soft < 255)
+        canvas.paste(colour, mask=Image.fromarray(line))
     return canvas
 
 
@@ -194,9 +194,12 @@ def collect(arguments, out):
     for word in words:
         if not word.strip():                         # it would be this folder
             continue
+        if not Path(word).exists():
+            found = sorted(glob.glob(word, recursive=True))
+            paths += [Path(name) for name in found or [word]]        # a name that fits nothing
+            continue
         if not Path(word).is_dir():
-            found = [] if Path(word).exists() else sorted(glob.glob(word, recursive=True))
-            paths += map(Path, found or [word])
+            paths.append(Path(word))
             continue
         for path in sorted(Path(word).rglob("*")):
             hidden = path.name.startswith(".")

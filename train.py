@@ -204,7 +204,8 @@ def make_model(config, given):
     if not is_sapl(config.clip):
         tower = clip.load(config.clip)
         depth = len(tower.visual.transformer.resblocks)
-        settings["levels"] = sorted({max(1, depth * part // 3) for part in (1, 2, 3)})   # ours
+        thirds = {max(1, depth // 3), max(1, 2 * depth // 3), depth}
+        settings["levels"] = sorted(thirds)              # ours
         return ecpl.SAPL(tower, settings)
 
     old = ecpl.SAPL.load(None if config.clip == "tiny" else config.clip, device="cpu")
@@ -251,7 +252,7 @@ class Objective(nn.Module):
         logits = output.logits.flatten(1).float()                                # (B, N)
         half = -ecpl.pool_score(-logits, 0.5)                                    # (B,)
         entropy = entropy + F.softplus(half).mean()
-        contrast = 0 * entropy
+        contrast = torch.zeros_like(entropy)
         if self.weight > 0:
             contrast = self.hecl(output.depths, output.edges, logits, labels)
 
