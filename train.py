@@ -94,7 +94,7 @@ def parse(arguments=None):
     for field in dataclasses.fields(Config):
         name = flag(field.name)
         text = field.metadata["help"]
-        if field.default not in ("", False):
+        if field.type is not bool and field.default != "":
             text += f" (default {field.default})"
 
         if field.type is bool:
@@ -270,8 +270,7 @@ def auc(values, labels):
 @torch.no_grad()
 def validate(run, dataset):
     """Loss and image AUC on held-out pictures, by their labels."""
-    plan = [part.tolist() for part in torch.arange(len(dataset)).split(run.config.batch)]
-    loader = DataLoader(dataset, batch_sampler=plan, num_workers=run.config.workers)
+    loader = DataLoader(dataset, run.config.batch, num_workers=run.config.workers)
     found = []
     run.model.eval()
     for image, label, _ in loader:
