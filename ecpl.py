@@ -285,6 +285,7 @@ class SAPL(nn.Module):
             tower.name = state["config"]["clip"]
             tower.sha256 = stored.get("sha256", "")
             model = cls(tower, state["config"])
+            # CLIP's weights are in it already, all others must be in the file
             backbone = {key: x for key, x in model.state_dict().items() if is_backbone(key)}
             model.load_state_dict(backbone | state["model"])
         except (RuntimeError, LookupError, ValueError) as error:
