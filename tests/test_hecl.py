@@ -239,10 +239,3 @@ def test_constant_pictures_give_a_number(N):
     loss = make()([z, z], flat, flat, torch.tensor([0, 1]))
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------------------------------- lesson
-
-def test_the_lesson_runs(capsys):
-    hecl.demo()
-    assert len(capsys.readouterr().out.splitlines()) > 5

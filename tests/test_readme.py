@@ -2,6 +2,7 @@
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+import infer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,12 +83,12 @@ def test_every_command_runs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip", "ecpl", "hecl", "data"])
-def test_every_lesson_runs(name, tmp_path):
-    result = subprocess.run([sys.executable, ROOT / f"{name}.py"], cwd=tmp_path, text=True,
-                            capture_output=True, timeout=60,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) >= 5
+def test_every_lesson_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) >= 5
 
 
 def test_paths_exist():
@@ -113,14 +116,13 @@ def test_line_counts_are_right_within_a_tenth():
         assert abs(lines - int(count)) <= 0.1 * lines, (path, lines, count)
 
 
-def test_the_quoted_answer_is_the_programs(tmp_path):
+def test_the_quoted_answer_is_the_programs(tmp_path, monkeypatch, capsys):
     """But for the last digits, in which number formats of processors differ."""
     form = r"tests/forged.png  (\w+)  score ([\d.]+)  (\d+)% marked"
     word, score, area = re.search(form, TEXT).groups()
-    result = subprocess.run([sys.executable, "infer.py", "tests/forged.png", "--out", tmp_path],
-                            cwd=ROOT, capture_output=True, text=True, timeout=60,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    said = re.search(form, result.stdout).groups()
+    monkeypatch.chdir(ROOT)
+    assert infer.main(["tests/forged.png", "--out", str(tmp_path)]) == 0
+    said = re.search(form, capsys.readouterr().out).groups()
     assert said[0] == word
     assert abs(float(said[1]) - float(score)) < 0.05
     assert abs(int(said[2]) - int(area)) <= 3
