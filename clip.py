@@ -245,7 +245,7 @@ class Stem(nn.Sequential):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
         # Sums, not a convolution: autocast would round that to bfloat16, coarser than a grey level.
         padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        blurred = sums(sums(padded)) / 16                                      # (B, 3, H, W)
+        blurred = sums(sums(padded)) / 16        # (B, 3, H, W), weighed by 1, 2, 1 both ways
         residual = (8 * (pixels - blurred)).tanh()   # ours: 8, so that noise counts, edges saturate
         residual = residual.contiguous(memory_format=torch.channels_last)      # convolves faster
         return super().forward(residual)                                       # (B, Dv, h, w)
@@ -410,7 +410,8 @@ def build(state_dict, device="cpu"):
         model.to_empty(device=device).load_state_dict(weights)
     except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"no CLIP with patches (a ResNet?): {reason}") from error
+        raise ValueError(f"found no CLIP with patches, but perhaps a ResNet ({reason}), expected "
+                         "the weights of a Vision Transformer: name another file") from error
 
     for key, weight in model.state_dict().items():
         if not weight.isfinite().all():
@@ -438,7 +439,8 @@ class Unpickler(pickle.Unpickler):
         _, dtype, key, *_ = storage
         if key not in self.storages:
             content = bytearray(self.archive.read(self.folder + key))
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)        # (length,)
+            # empty tensors have no bytes, which frombuffer refuses
+            self.storages[key] = torch.frombuffer(content or bytearray(8), dtype=dtype)
         return self.storages[key]
 
     def find_class(self, module, name):
@@ -449,14 +451,16 @@ class Unpickler(pickle.Unpickler):
         return KNOWN[f"{module}.{name}"]
 
 
-def find_tensors(node, name=""):
-    """{dotted name: tensor} of what dictionaries and modules hold."""
+def find_tensors(node, name, seen):
+    """{dotted name: tensor} of what dictionaries and modules hold, each of them seen once."""
     if isinstance(node, torch.Tensor):
         return {name: node}
+    if not isinstance(node, dict) or id(node) in seen:
+        return {}
+    seen.add(id(node))                                   # a dictionary may hold itself
     found = {}
-    if isinstance(node, dict):
-        for key, child in (dict(node) | getattr(node, "__dict__", {})).items():
-            found |= find_tensors(child, f"{name}.{key}".removeprefix("."))
+    for key, child in (dict(node) | getattr(node, "__dict__", {})).items():
+        found |= find_tensors(child, f"{name}.{key}".removeprefix("."), seen)
     return found
 
 
@@ -464,15 +468,15 @@ def read_archive(path):
     """{name: tensor} of a file of `torch.jit.save` or `torch.save`, without running its code.
 
     The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
-    checkpoint of SAPL only the CLIP is read. Raises ValueError, one line, for anything else.
+    checkpoint of SAPL only the CLIP is returned. Raises ValueError, one line, for anything else.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # exactly one
-            index, = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            found = find_tensors(Unpickler(archive, index).load())
+            # an error unless there is exactly one
+            [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            found = find_tensors(Unpickler(archive, index).load(), "", set())
     except Exception as error:                           # damage has many faces
-        raise ValueError(f"{path}: no readable archive of weights: {error}") from error
+        raise ValueError(f"no readable archive of weights: {error}") from error
     own = {name.removeprefix("clip."): x for name, x in found.items() if name.startswith("clip.")}
     return own or found
 
@@ -518,7 +522,10 @@ def load(name_or_path="tiny", device="cpu"):
     elif not path.is_file():
         raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a "
                          "file: check the name (ResNets have no patches)")
-    model = build(read_archive(path), device)
+    try:
+        model = build(read_archive(path), device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     model.name = name
     model.sha256 = sha256_of(path)
     return model

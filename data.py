@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.utils.data import Dataset
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+MAX_PIXELS = 200_000_000      # ours: 600 MB decoded; a header that claims more is refused
 
 
 # ---------------------------------------------------------------------------------- one picture
@@ -28,9 +29,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 @contextmanager
 def opened(path):
     """An image file, only its header read; any failure, in the body too, becomes a ValueError,
-    "path: reason". Pillow refuses files whose headers claim more than 179 million pixels."""
+    "path: reason"."""
+    Image.MAX_IMAGE_PIXELS = None                    # Pillow warns and refuses earlier than we do
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"found {image.width} x {image.height} pixels, expected at most "
+                                 f"{MAX_PIXELS:,}: make it smaller")
             yield image
     except Exception as error:                       # damage has many faces
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -69,8 +74,8 @@ def picture_size(path):
 
 def to_tensor(image):
     """PIL RGB image or (H, W, 3) uint8 array -> (3, H, W) float32 in [0, 1]."""
-    array = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)                # (3, H, W)
-    return torch.from_numpy(np.divide(array, 255, order="C"))
+    array = torch.from_numpy(np.array(image))                                     # (H, W, 3)
+    return array.permute(2, 0, 1).contiguous() / 255                              # (3, H, W)
 
 
 def jpeg(image, quality, shift=(0, 0), subsampling=0):

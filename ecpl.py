@@ -5,7 +5,7 @@ third party's digest, so every statement about the method carries its source in 
     [abstract]  the paper's own abstract: features vary far more across a manipulated boundary than
                 inside regions; edge-enhanced image features become, by attention, learnable text
                 prompts; the mask comes from the image-text similarity map after processing
-    [digest]    a digest of the paper: a soft edge map
+    [digest]    a digest of the paper: a soft edge map, a dual queue, LoRA
     [ours]      our choice, every equation and number among them
 
 Reading order: edges -> ECPL -> SAPL -> files. `python ecpl.py` shows each step.
@@ -36,9 +36,10 @@ CLASSES = ("genuine", "manipulated")
 def sobel(x):
     """Gradient magnitude per channel, Sobel's kernel / 8: x (B, K, H, W) -> the same shape."""
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")                          # (B, K, H+2, W+2)
-    smooth = clip.sums(padded)                                                 # (B, K, H+1, W+1)
-    gx = (smooth[:, :, :-1] + smooth[:, :, 1:]).diff(dim=3)                    # (B, K, H, W)
-    gy = (smooth[..., :-1] + smooth[..., 1:]).diff(dim=2)                      # (B, K, H, W)
+    # sums of two, twice, weigh by 1, 2, 1; a sum and a difference weigh by -1, 0, 1
+    pairs = clip.sums(padded)                                                  # (B, K, H+1, W+1)
+    gx = (pairs[:, :, :-1] + pairs[:, :, 1:]).diff(dim=3)                      # (B, K, H, W)
+    gy = (pairs[..., :-1] + pairs[..., 1:]).diff(dim=2)                        # (B, K, H, W)
     return torch.hypot(gx, gy) / 8                                             # (B, K, H, W)
 
 
@@ -204,8 +205,8 @@ class SAPL(nn.Module):
 
     config, a plain dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context`
     (M), `rho` (see pool_score), `zoom` (pictures are enlarged, as traces are finer than CLIP's
-    patches [ours]), `lora_rank` (LoRA [digest]; 0: CLIP stays as it is), `lora_share` (of the last
-    blocks); for inference `max_side`, `window`, pixels.
+    patches [ours]), `lora_rank` (LoRA [digest]; 0, our default: CLIP stays as it is), `lora_share`
+    (of the last blocks); for inference `max_side`, `window`, pixels.
     """
 
     def __init__(self, clip_model, config):
@@ -299,8 +300,8 @@ class SAPL(nn.Module):
 def smooth(logits):
     """The mean over 3 x 3 patches: map (B, h, w) -> the same.
 
-    The mask comes from the similarity map after processing [abstract]; the form is ours. To close
-    and to fill its shapes first brings nothing (weights/README.md).
+    The mask comes from the similarity map after processing [abstract]; the form is ours. It makes
+    outlines calmer, but masks no better, nor does more (weights/README.md).
     """
     padded = F.pad(logits[:, None], (1, 1, 1, 1), mode="replicate")            # (B, 1, h+2, w+2)
     return F.avg_pool2d(padded, 3, stride=1)[:, 0]                             # (B, h, w)
@@ -359,8 +360,8 @@ def load_checkpoint(path):
         found = state["format"]
     except Exception as error:                           # damage has many faces
         raise ValueError(f"found {path}, which is no checkpoint of SAPL ({type(error).__name__}), "
-                         "expected a file that train.py wrote: name its best.pt, or its copy "
-                         "ending in .previous") from error
+                         "expected a file that train.py wrote: name its best.pt, or put back its "
+                         "copy ending in .previous") from error
     if found != FORMAT:
         raise ValueError(f"found {path} in format {found}, expected format {FORMAT}: it is of "
                          "another version, train it again")

@@ -75,7 +75,7 @@ class SAPL(ecpl.SAPL):
         h, w = H // p, W // p
         size = max(h, w)
         if self.config["window"] > 0:
-            size = self.config["window"] // p
+            size = max(1, self.config["window"] // p)
         rows = min(size, h)                                           # of a window
         columns = min(size, w)
 
@@ -256,7 +256,7 @@ def answer(model, path, out, name, raw):
         overlay(picture, result).save(out / f"{name}_overlay.png", compress_level=1)
         row |= {"decision": result.decision, "score": round(result.score, 4),
                 "area": round(result.area, 4), "width": picture.width, "height": picture.height}
-    except (ValueError, MemoryError) as error:       # the picture's fault: go on with the others
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:       # of this picture alone
         row["error"] = (str(error) or type(error).__name__).removeprefix(f"{path}: ")
     return row
 

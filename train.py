@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,8 @@ def batches(labels, config, epoch):
 def is_sapl(name):
     """Whether --clip names a checkpoint of SAPL, not a CLIP."""
     try:
-        return name == "tiny" or "format" in torch.load(name, "cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):   # torch's word on OpenAI's archives
+            return name == "tiny" or "format" in torch.load(name, "cpu", weights_only=True)
     except Exception:            # the name of a CLIP, an archive of OpenAI, or no file at all
         return False
 
@@ -222,7 +224,7 @@ def make_model(config, given):
         old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
     settings["clip"] = old.clip.name
     model = ecpl.SAPL(old.clip, settings)
-    model.load_state_dict(own, strict=False)         # LoRA is new
+    model.load_state_dict(own, strict=False)         # CLIP is in it already, LoRA starts anew
     model.map_shift.zero_()                          # calibrated anew in the end
     model.score_shift.zero_()
     return model
@@ -279,9 +281,9 @@ def validate(run, dataset):
         found.append(torch.stack([label.float(), output.score.float().cpu()]))   # (2, B)
     run.model.train()
 
-    labels, scores = torch.cat(found, dim=1).numpy()                             # each (n,)
-    losses = np.logaddexp(0, np.where(labels == 1, -scores, scores))
-    return {"val_loss": float(losses.mean()), "val_auc": auc(scores, labels)}
+    labels, scores = torch.cat(found, dim=1)                                     # each (n,)
+    loss = F.binary_cross_entropy_with_logits(scores, labels)
+    return {"val_loss": loss.item(), "val_auc": auc(scores.numpy(), labels.numpy())}
 
 
 def log(history, out):
@@ -347,11 +349,14 @@ def settings_of(given):
         check(config, given)
         return config, None
 
-    if not last.exists():
-        raise ValueError(f"found no run in {out}, expected one for --resume: leave that out "
-                         "to start, or name its --out")
+    if not (last.exists() and (out / "best.pt").exists()):
+        raise ValueError(f"found no last.pt and best.pt in {out}, expected those of a run for "
+                         "--resume: leave that out to start, or name its --out")
     state = ecpl.load_checkpoint(last)
-    own = state["settings"]
+    own = state.get("settings", {})
+    if set(own) != set(vars(config)):
+        raise ValueError(f"found {last}, which holds no training of this version, expected one: "
+                         "start anew")
     for name, value in given.items():
         if name not in FREE and value != own[name]:
             raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
@@ -533,6 +538,10 @@ def main(arguments=None):
     except KeyboardInterrupt:
         print("interrupted: whole epochs are kept, --resume goes on after them", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError:
+        print("error: found too little memory on the GPU, expected more: lower --batch, --size or "
+              "--zoom", file=sys.stderr)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

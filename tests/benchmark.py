@@ -122,7 +122,7 @@ def training(side):
     """The shipped model, image tower trained -> what `make_step` needs, random pictures."""
     image = torch.rand(BATCHES[side], 3, side, side, device=DEVICE)
     labels = torch.arange(len(image), device=DEVICE) % 2
-    if not hasattr(ecpl, "SAPL"):                            # the first edition
+    if not hasattr(ecpl, "SAPL"):                            # the first edition, commit 7b49a87
         config = train.Config(clip="tiny", tune="full")
         run = train.Run(config, device=DEVICE)
         objective = train.Objective(run.model, run.hecl, config, 1.0)

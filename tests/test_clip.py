@@ -356,8 +356,8 @@ def test_torchscript_archive(official, reference, monkeypatch):
 
 def test_state_dicts_and_checkpoints(tmp_path, weights):
     expected = clip.build(weights).state_dict()
-    checkpoint = {"format": 2, "clip": weights, "config": {"levels": (1, 2), "tune": None},
-                  "model": {"bias": torch.zeros(())}, "optimizer": {"state": {0: {"step": 1}}}}
+    checkpoint = {"format": 4, "clip": weights, "config": {"levels": (1, 2)},
+                  "model": {"bias": torch.zeros(0)}, "optimizer": {"state": {0: {"step": 1}}}}
     for content in (weights, expected, checkpoint):
         torch.save(content, tmp_path / "w.pt")
         state = clip.load(tmp_path / "w.pt").state_dict()
@@ -416,6 +416,14 @@ class Evil:
         return os.system, ("touch evil_was_here",)
 
 
+def doubled(depth):
+    """A pickle of a dictionary that holds another twice, which holds another twice, .."""
+    node = {}
+    for _ in range(depth):
+        node = {"a": node, "b": node}
+    return pickle.dumps(node, 2)
+
+
 HOSTILE = {
     "os.system": (pickle.dumps({"w": Evil()}, 2), "asks for (posix|nt).system"),
     "builtins": (b"\x80\x02c__builtin__\neval\nX\x03\x00\x00\x001+1\x85R.", "asks for"),
@@ -434,7 +442,8 @@ HOSTILE = {
     "absolute path": (tensor_program(key="/etc/passwd"), "etc/passwd"),
     "absurd bytes": (b"\x80\x05\x96\x00\x00\x00\x00\x00\x01\x00\x00.", "no readable archive"),
     "dictionary twice in itself": (
-        b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "recursion"),
+        b"\x80\x02}q\x00(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00u.", "no CLIP"),
+    "dictionaries twice in dictionaries": (doubled(60), "no CLIP"),
     "no end": (b"\x80\x02}", "no readable archive"),
     "empty": (b"", "no readable archive"),
     "no dictionary": (b"\x80\x02K\x01.", "no CLIP"),

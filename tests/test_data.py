@@ -121,11 +121,18 @@ def claim(path, width, height):
     return path
 
 
-@pytest.mark.parametrize("side", [15_000, 60_000])
+@pytest.mark.filterwarnings("error")                        # Pillow's own words beside ours
+@pytest.mark.parametrize("side", [15_000, 60_000])          # Pillow refuses the second by itself
 def test_a_header_that_claims_too_much_is_refused_before_decoding(tmp_path, side, monkeypatch):
     monkeypatch.setattr(Image.core, "new", None)            # nothing may allocate the pixels
     with pytest.raises(ValueError, match="pixels"):
         data.open_image(claim(tmp_path / "bomb.png", side, side))
+
+
+@pytest.mark.filterwarnings("error")
+def test_200_megapixels_are_accepted(tmp_path):
+    with data.opened(claim(tmp_path / "large.png", 20_000, 10_000)) as image:
+        assert image.size == (20_000, 10_000)
 
 
 def test_to_tensor():

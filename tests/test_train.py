@@ -528,7 +528,7 @@ def test_full_disk_keeps_the_last_good(place, monkeypatch):
     assert not list(Path(config.out).glob("*.part"))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.filterwarnings("error")
 def test_a_loss_that_is_no_number_stops_and_is_not_saved(place):
     config = settings(place, "nan", lr=1e30)
     with pytest.raises(ValueError, match="found loss nan.* in epoch 1.*lower --lr"):
@@ -585,6 +585,27 @@ def test_the_same_command_goes_on(place):
     words = words_of(settings(place, "again", epochs=1))
     assert train.main(words) == 0
     assert train.main([*words, "--epochs", "2", "--resume"]) == 0
+
+
+def test_resume_needs_a_run_and_its_best(place, reference, capsys):
+    out = place / "no-run"
+    shutil.copytree(reference.config.out, out)
+    shutil.copy(out / "best.pt", out / "last.pt")            # a SAPL, but no training
+    assert train.main(["--out", str(out), "--resume"]) == 2
+    assert "last.pt, which holds no training" in capsys.readouterr().err
+    (out / "best.pt").unlink()                               # no other may stand for it
+    assert train.main(["--out", str(out), "--resume"]) == 2
+    assert "found no last.pt and best.pt" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(place, monkeypatch, capsys):
+    def forward(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(train.Objective, "forward", forward)
+    assert train.main(words_of(settings(place, "memory"))) == 2
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: found too little memory") and "--batch" in line
 
 
 def test_a_run_is_not_overwritten(reference, capsys):
@@ -743,7 +764,7 @@ def test_size_below_the_patch():
     ("--data= --synthesize {0}/set --count -3", "--count -3, expected at least 2"),
     ("--out {0}/mini.pt", "found a file, .*mini.pt, expected a folder"),
     ("--out {0}/mini.pt/run", "found a file, .*mini.pt, expected a folder"),
-    ("--resume", "found no run in .*wrong, expected one for --resume"),
+    ("--resume", "found no last.pt and best.pt in .*wrong, expected those of a run"),
     ("--count 10", "--count, which --data ignores"),
     ("--lora-share 1", "--lora-share, which --lora-rank 0 ignores"),
     ("--hecl 0 --hecl-tau 0.2", "--hecl-tau, which --hecl 0 ignores"),
@@ -760,7 +781,7 @@ def test_a_wrong_call_is_one_line_before_any_training(place, reference, tmp_path
     assert train.main([*usual, *words.format(place).split()]) == 2
     said = capsys.readouterr()
     error, = said.err.strip().splitlines()
-    assert error.startswith("error: found ") or "--clip" in words
+    assert error.startswith("error: found ") or "0.png: no readable" in error
     assert re.search(message, error)
     assert said.out == ""
     assert not out.exists()
