@@ -440,7 +440,8 @@ class Unpickler(pickle.Unpickler):
         if key not in self.storages:
             content = bytearray(self.archive.read(self.folder + key))
             # empty tensors have no bytes, which frombuffer refuses
-            self.storages[key] = torch.frombuffer(content or bytearray(8), dtype=dtype)
+            content = content or bytearray(8)
+            self.storages[key] = torch.frombuffer(content, dtype=dtype)        # (length,)
         return self.storages[key]
 
     def find_class(self, module, name):

@@ -300,8 +300,8 @@ class SAPL(nn.Module):
 def smooth(logits):
     """The mean over 3 x 3 patches: map (B, h, w) -> the same.
 
-    The mask comes from the similarity map after processing [abstract]; the form is ours. It makes
-    outlines calmer, but masks no better, nor does more (weights/README.md).
+    The mask comes from the similarity map after processing [abstract]; the form is ours. Masks are
+    about as good without it, and no better with more (weights/README.md).
     """
     padded = F.pad(logits[:, None], (1, 1, 1, 1), mode="replicate")            # (B, 1, h+2, w+2)
     return F.avg_pool2d(padded, 3, stride=1)[:, 0]                             # (B, h, w)

@@ -62,7 +62,7 @@ class DualQueue(nn.Module):
         features = self.features[:, filled]                                    # (2, filled, d)
         classes = torch.arange(2, device=features.device)                      # (2,)
         classes = classes.repeat_interleave(features.shape[1])                 # (2 * filled,)
-        return features.flatten(0, 1), classes
+        return features.flatten(0, 1), classes                   # (2 * filled, d), (2 * filled,)
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):

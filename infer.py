@@ -75,7 +75,7 @@ class SAPL(ecpl.SAPL):
         h, w = H // p, W // p
         size = max(h, w)
         if self.config["window"] > 0:
-            size = max(1, self.config["window"] // p)
+            size = self.config["window"] // p
         rows = min(size, h)                                           # of a window
         columns = min(size, w)
 

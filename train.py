@@ -216,13 +216,12 @@ def make_model(config, given):
             raise ValueError(f"found {flag(name)}, but --clip {config.clip} keeps its own "
                              f"({old.config[name]}): leave it out, or start from a CLIP")
         settings[name] = old.config[name]
-    own = {key: x for key, x in old.state_dict().items()
-           if not ecpl.is_backbone(key) and ".lora." not in key}
 
     if old.config["lora_rank"] > 0:
         clip.merge_lora(old.clip)
         old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
     settings["clip"] = old.clip.name
+    own = {key: x for key, x in old.state_dict().items() if not ecpl.is_backbone(key)}
     model = ecpl.SAPL(old.clip, settings)
     model.load_state_dict(own, strict=False)         # CLIP is in it already, LoRA starts anew
     model.map_shift.zero_()                          # calibrated anew in the end
@@ -364,6 +363,10 @@ def settings_of(given):
 
     config = Config(**own | given)
     check(config, ())
+    done = len(state["history"])
+    if config.epochs < done:
+        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done {done}, "
+                         f"expected more: --epochs {2 * done}")
     return config, state
 
 
@@ -498,7 +501,8 @@ def train(config, state=None, given=()):
     for epoch in range(len(run.history), config.epochs):
         began = time.time()
         loss, entropy, contrast = train_epoch(run, objective, train_set, epoch)
-        speed = len(train_set) / (time.time() - began)
+        trained = len(train_set) // config.batch * config.batch      # the last few are left out
+        speed = trained / (time.time() - began)
         row = {"epoch": epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
         row |= validate(run, val_set)
         if not math.isfinite(loss + row["val_loss"]):
@@ -536,7 +540,8 @@ def main(arguments=None):
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: whole epochs are kept, --resume goes on after them", file=sys.stderr)
+        print("interrupted: whole epochs are kept; if there is one, --resume goes on after it",
+              file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         print("error: found too little memory on the GPU, expected more: lower --batch, --size or "

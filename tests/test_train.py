@@ -418,7 +418,7 @@ def test_few_of_the_genuine_lie_above_one_half(reference):
     rng = np.random.default_rng(0)
     found = [model.localize(train.worn(p.path, rng)) for p in held_out if p.label == 0]
     assert len(found) == 6
-    assert 0 < np.mean([result.mask.mean() for result in found]) <= 0.07
+    assert 0.05 < np.mean([result.mask.mean() for result in found]) <= 0.07
     scores = [result.score for result in found]
     assert np.mean([score > 0.5 for score in scores]) <= 0.1
     assert max(scores) == pytest.approx(0.5)                     # no higher than it must be
@@ -573,6 +573,8 @@ def test_a_finished_run_stays_as_it_is_or_is_trained_longer(place, reference, ca
     assert "finished: the best is epoch" in capsys.readouterr().out
     for name in ("best.pt", "last.pt"):
         assert same(ecpl.load_checkpoint(out / name), saved(reference.config, name))
+    assert train.main(["--out", str(out), "--resume", "--epochs", "1"]) == 2
+    assert "--epochs 4" in capsys.readouterr().err               # more than are done
     assert train.main(["--out", str(out), "--resume", "--epochs", "3"]) == 0
     assert "from epoch 3" in capsys.readouterr().out
     history = ecpl.load_checkpoint(out / "last.pt")["history"]
@@ -791,7 +793,7 @@ def test_a_wrong_call_is_one_line_before_any_training(place, reference, tmp_path
 
 @pytest.mark.parametrize("name, status, words", [
     ("exception", 1, "RuntimeError: unforeseen"),
-    ("SIGINT", 130, "interrupted: whole epochs are kept, --resume goes on after them"),
+    ("SIGINT", 130, "interrupted: whole epochs are kept; if there is one, --resume goes on after"),
     ("SIGTERM", -15, "36 pictures to train"),
     ("dead loader", 1, "DataLoader worker")])
 def test_every_end_is_over_and_leaves_a_checkpoint(place, ends, name, status, words):

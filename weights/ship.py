@@ -23,7 +23,6 @@ def main():
     parser.add_argument("--checkpoint", required=True, help="best.pt of a training")
     parser.add_argument("--photos", required=True, help="folder of genuine photos")
     parser.add_argument("--out", default=str(clip.TINY))
-    parser.add_argument("--window", type=int, help="pixels; default: the checkpoint's")
     args = parser.parse_args()
 
     model = infer.SAPL.load(args.checkpoint, "cpu")
@@ -31,8 +30,6 @@ def main():
     model.clip.name = "tiny"
     config = {key: model.config[key] for key in train.MODEL}
     model.config = config | {"clip": "tiny", "lora_rank": 0, "lora_share": 0.0}
-    if args.window is not None:
-        model.config["window"] = args.window
     model.half().float()                                        # calibrate what will be stored
     photos = sorted(Path(args.photos).iterdir())
     train.calibrate(model, photos)
