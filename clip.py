@@ -1,21 +1,20 @@
-"""CLIP from scratch: two towers that put pictures and sentences into one space.
+"""CLIP: two towers that embed images and text in one joint space (Radford et al. 2021).
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021). The
-parameters have OpenAI's names, so that their official weights load as they are.
-Reading order: tokenizer -> towers, LoRA -> files of weights -> a lesson (`python clip.py`).
-
-Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
+Modules and parameters have OpenAI's names, so that their weights load without renaming. Shapes:
+B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
 """
+import functools
 import gzip
 import hashlib
 import html
 import http.client
+import io
 import math
 import os
 import pickle
-import socket
+import struct
 import sys
-import zipfile
+import urllib.request
 from collections import OrderedDict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)   # of OpenAI's training pictures, RGB
+MEAN = (0.48145466, 0.4578275, 0.40821073)   # RGB, of OpenAI's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
 MODELS = "https://openaipublic.azureedge.net/clip/models"
 OFFICIAL = {                                 # SHA-256 of <name with dashes>.pt
@@ -42,7 +41,7 @@ TINY = Path(__file__).with_name("weights") / "tiny.pt"
 
 
 def normalize(image):
-    """CLIP's input normalisation. image (B, 3, H, W) in [0, 1] -> pixels (B, 3, H, W)."""
+    """CLIP's input normalisation: image (B, 3, H, W) in [0, 1] -> pixels (B, 3, H, W)."""
     mean = image.new_tensor(MEAN).view(3, 1, 1)                                # (3, 1, 1)
     std = image.new_tensor(STD).view(3, 1, 1)                                  # (3, 1, 1)
     return (image - mean) / std
@@ -55,12 +54,10 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
+@functools.lru_cache                                     # built once for each vocabulary size
 class Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text.
-
-    Ids, in this order: 256 bytes, the same 256 where they end a word ("a</w>"), merges of two
-    symbols, start, end. Only merges need the vocabulary file (OSError if it cannot be had).
-    """
+    """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text; 514 ids
+    stand for bytes alone and need no vocabulary file."""
 
     def __init__(self, vocab_size):
         merges = []                                      # pairs of symbols, first learned first
@@ -69,13 +66,13 @@ class Tokenizer:
             lines = gzip.decompress(content).decode().split("\n")
             merges = [tuple(line.split()) for line in lines[1:vocab_size - 513]]
 
-        # Each byte is shown as one letter; bytes without a visible one get chr(256), chr(257), ..
+        # Each byte is written as one visible character: itself, or chr(256), chr(257), ..
         visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
         hidden = [byte for byte in range(256) if byte not in visible]
         letters = [chr(byte) for byte in visible]
         letters += [chr(256 + i) for i in range(len(hidden))]
         self.letters = dict(zip(visible + hidden, letters))
-
+        # The ids: 256 bytes, the same 256 at the end of a word ("a</w>"), merges, start, end.
         symbols = letters + [letter + "</w>" for letter in letters]
         symbols += ["".join(pair) for pair in merges]
         symbols += [START, END]
@@ -83,78 +80,97 @@ class Tokenizer:
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word):
-        """The symbols of a word: of all neighbours that can merge, those learned first, again."""
-        if word in (START, END):
-            return [word]
+        """Repeatedly merge the neighbouring pair that was learned first."""
         symbols = [self.letters[byte] for byte in word.encode()]
         symbols[-1] += "</w>"
-
         while True:
-            ranks = [self.ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
-            first = min(ranks, default=math.inf)
-            if first == math.inf:
+            pairs = list(zip(symbols, symbols[1:]))
+            known = [pair for pair in pairs if pair in self.ranks]
+            if not known:
                 return symbols
-            i = ranks.index(first)
+            i = pairs.index(min(known, key=self.ranks.get))
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
 
     def pieces(self, text):
-        """The symbols of any text; mojibake and HTML entities are repaired first."""
+        """The symbols of a text, after repair of its encoding errors and HTML entities."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         symbols = [START]
         for word in WORD.findall(text.strip().lower()):
-            symbols += self.split(word)
+            symbols += [word] if word in (START, END) else self.split(word)
         return symbols + [END]
 
 
 def tokenize(texts, context_length=77, vocab_size=49408):
-    """A text or a list of B texts -> OpenAI's token ids (B, context_length), zeros at the end.
-
-    Raises ValueError for too long a text.
-    """
+    """One text or B texts -> OpenAI's ids (B, context_length), zeros at the end, or ValueError."""
     if isinstance(texts, str):
         texts = [texts]
     tokenizer = Tokenizer(vocab_size)
     tokens = torch.zeros(len(texts), context_length, dtype=torch.long)         # (B, L)
-
     for row, text in zip(tokens, texts):
-        ids = [tokenizer.ids[symbol] for symbol in tokenizer.pieces(text)]
+        ids = [tokenizer.ids[piece] for piece in tokenizer.pieces(text)]
         if len(ids) > context_length:
-            raise ValueError(f"found {len(ids)} tokens, expected {context_length} at most: "
+            raise ValueError(f"found {len(ids)} tokens, expected at most {context_length}: "
                              f"shorten {text!r:.60}")
         row[:len(ids)] = torch.tensor(ids)
     return tokens
 
 
-# ------------------------------------------------------------------------------ towers, and LoRA
+# -------------------------------------------- two additions to OpenAI's towers: LoRA, and our stem
 
 class LoRA(nn.Module):
-    """A trainable change of low rank beside a frozen linear map: alpha / rank * B A x (Hu et al.
-    2021). Added to the weight itself, that would need a gradient of full size."""
+    """A trainable rank-r update beside a frozen weight: alpha / r * B A x (Hu et al. 2021)."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
         rows, columns = weight.shape
         self.scale = alpha / rank
         self.A = nn.Parameter(weight.new_empty(rank, columns).normal_(std=rank ** -0.5))
-        self.B = nn.Parameter(weight.new_zeros(rows, rank))                    # no change at first
+        self.B = nn.Parameter(weight.new_zeros(rows, rank))        # the update starts at zero
 
     def forward(self, x):
         return self.scale * F.linear(F.linear(x, self.A), self.B)              # (.., rows)
 
 
-def attend(q, k, v, causal):
-    """Scaled dot-product attention: q, k, v (B, heads, L, d) -> (B, heads, L, d)."""
-    # On a CPU the fused form's backward pass in bfloat16 is 2 to 6 times slower than two products.
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
-    if not plain:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def add_lora(model, rank, alpha):
+    """Freeze a module and add LoRA to each attention in it; Q, K and V share one A [ours]."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.lora = LoRA(module.in_proj_weight.detach(), rank, alpha)
 
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                     # (B, heads, L, L)
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)       # (L, L)
-        scores = scores.masked_fill(future, -math.inf)
-    return scores.softmax(dim=-1) @ v                                          # (B, heads, L, d)
 
+@torch.no_grad()
+def merge_lora(model):
+    """Fold each LoRA into its weight: the same outputs, and the keys of a model without LoRA."""
+    for module in model.modules():
+        if isinstance(module, Attention) and module.lora is not None:
+            module.in_proj_weight += module.lora.scale * module.lora.B @ module.lora.A
+            module.lora = None
+
+
+class Stem(nn.Sequential):
+    """Strided convolutions of high frequencies, added to the patch embedding of the shipped tiny
+    model [ours]. Spliced regions differ in noise, which the linear embedding hardly sees."""
+
+    def __init__(self, channels, width):
+        layers = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
+        for inner, outer in zip(channels, [*channels[1:], width]):
+            layers += [nn.GELU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
+        super().__init__(*layers)
+        nn.init.zeros_(self[-1].weight)                  # the output starts at zero
+        nn.init.zeros_(self[-1].bias)
+
+    def forward(self, pixels):
+        """pixels (B, 3, H, W) -> (B, Dv, h, w), halved by each convolution."""
+        # A 1-2-1 blur. Autocast keeps pooling in fp32; a convolution in bf16 would lose the noise.
+        blurred = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                # (B, 3, H+2, W+2)
+        blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H+1, W+1)
+        blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H, W)
+        residual = (8 * (pixels - blurred)).tanh()       # ours: amplify noise, saturate edges
+        return super().forward(residual)                                       # (B, Dv, h, w)
+
+
+# ---------------------------------------------------------------------------------------- towers
 
 class Attention(nn.Module):
     """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
@@ -166,7 +182,7 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(width ** -0.5 * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.lora = None                                 # beside in_proj, see `add_lora`
+        self.lora = None                                 # see add_lora
 
     def forward(self, x):
         """x (B, L, D) -> (B, L, D)."""
@@ -175,31 +191,27 @@ class Attention(nn.Module):
         if self.lora is not None:
             qkv = qkv + self.lora(x)
         qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()                      # (B, heads, L, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, L, d)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)     # (B, heads, L, d)
+        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))               # (B, L, D)
 
-        heads = attend(q, k, v, self.causal)                                   # (B, heads, L, d)
-        return self.out_proj(heads.transpose(1, 2).reshape(B, L, D))           # (B, L, D)
+
+def quick_gelu(x):
+    return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
-    """Two linear maps with OpenAI's cheap GELU between: h * sigmoid(1.702 h)."""
-
     def __init__(self, width):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        """x (B, L, D) -> (B, L, D)."""
-        # The same as silu(1.702 h) / 1.702; both factors go into the weights, which are small.
-        fc, proj = self.c_fc, self.c_proj
-        hidden = F.silu(F.linear(x, 1.702 * fc.weight, 1.702 * fc.bias))       # (B, L, 4D)
-        return F.linear(hidden, proj.weight / 1.702, proj.bias)                # (B, L, D)
+        x = quick_gelu(self.c_fc(x))                                           # (B, L, 4D)
+        return self.c_proj(x)                                                  # (B, L, D)
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Attention, then the perceptron, each on normalised input and added back."""
-
     def __init__(self, width, causal):
         super().__init__()
         self.attn = Attention(width, causal)
@@ -213,46 +225,13 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Sequential):
-    """Blocks one after the other: x (B, L, D) -> (B, L, D)."""
-
     def __init__(self, width, layers, causal=False):
         blocks = [ResidualAttentionBlock(width, causal) for _ in range(layers)]
         super().__init__(OrderedDict(resblocks=nn.Sequential(*blocks)))
 
 
-def sums(x):
-    """Sums of 2 x 2 neighbours: (.., H, W) -> (.., H - 1, W - 1)."""
-    x = x[..., :-1, :] + x[..., 1:, :]                                         # (.., H - 1, W)
-    return x[..., :-1] + x[..., 1:]                                            # (.., H - 1, W - 1)
-
-
-class Stem(nn.Sequential):
-    """Ours, in the shipped tiny model alone: stride-2 convolutions on what a small blur takes away.
-
-    Regions from elsewhere differ in noise and compression, which a linear patch embedding hardly
-    sees. Added to it, from zero at first.
-    """
-
-    def __init__(self, channels, width):
-        layers = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
-        for inner, outer in zip(channels, [*channels[1:], width]):
-            layers += [nn.GELU(), nn.Conv2d(inner, outer, 3, stride=2, padding=1)]
-        super().__init__(*layers)
-        nn.init.zeros_(self[-1].weight)
-        nn.init.zeros_(self[-1].bias)
-
-    def forward(self, pixels):
-        """pixels (B, 3, H, W) -> (B, Dv, h, w), patches of 2^n pixels for n convolutions."""
-        # Sums, not a convolution: autocast would round that to bfloat16, coarser than a grey level.
-        padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                 # (B, 3, H+2, W+2)
-        blurred = sums(sums(padded)) / 16        # (B, 3, H, W), weighed by 1, 2, 1 both ways
-        residual = (8 * (pixels - blurred)).tanh()   # ours: 8, so that noise counts, edges saturate
-        residual = residual.contiguous(memory_format=torch.channels_last)      # convolves faster
-        return super().forward(residual)                                       # (B, Dv, h, w)
-
-
 class VisionTransformer(nn.Module):
-    """The image tower. Any input whose sides are multiples of `patch_size` (in pixels)."""
+    """The image tower, for images of any size in multiples of `patch_size`."""
 
     def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
@@ -269,16 +248,15 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, pixels):
-        """(h, w), rows and columns of patches, of pixels (B, 3, H, W), or ValueError."""
+        """(h, w), the rows and columns of patches in pixels (B, 3, H, W), or ValueError."""
         p = self.patch_size
         H, W = pixels.shape[-2:]
         if min(H, W) < p or H % p or W % p:
-            raise ValueError(f"found an image of {H}x{W} pixels, expected multiples of {p}: "
-                             "resize it")
+            raise ValueError(f"found an image of {H}x{W} pixels, expected multiples of {p}: pad it")
         return H // p, W // p
 
     def positions(self, h, w):
-        """The position embedding for an (h, w) grid: (1, 1 + N, Dv)."""
+        """The position embedding interpolated to an (h, w) grid: (1, 1 + N, Dv)."""
         own = self.positional_embedding                                        # (1 + side^2, Dv)
         side = math.isqrt(len(own))
         grid = own[1:].T.reshape(1, -1, side, side)                            # (1, Dv, side, side)
@@ -286,7 +264,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([own[:1], grid.flatten(2)[0].T])[None]                # (1, 1 + N, Dv)
 
     def embed(self, pixels):
-        """pixels (B, 3, H, W) -> tokens before the first block (B, 1 + N, Dv), class first."""
+        """pixels (B, 3, H, W) -> input tokens of the blocks (B, 1 + N, Dv), class token first."""
         h, w = self.grid(pixels)
         x = self.conv1(pixels)                                                 # (B, Dv, h, w)
         if self.stem is not None:
@@ -294,7 +272,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)                                       # (B, N, Dv)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)         # (B, 1, Dv)
         x = torch.cat([first, x], dim=1)                                       # (B, 1 + N, Dv)
-        # Under autocast the convolution's answer is half as long a number: the blocks stay at it.
+        # Under autocast conv1 returns bf16; keep the residual stream in bf16.
         return self.ln_pre(x + self.positions(h, w).to(x.dtype)).to(x.dtype)
 
     def forward(self, pixels):
@@ -304,7 +282,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. Sizes as in OpenAI's configuration; `stem` is ours (see Stem)."""
+    """Both towers. Arguments as in OpenAI's code, and `stem`: the channels of our Stem."""
 
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
                  vision_patch_size, context_length, vocab_size, transformer_width,
@@ -328,7 +306,7 @@ class CLIP(nn.Module):
 
     def encode_patches(self, pixels, levels=()):
         """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1), [(B, N, Dv)], and
-        dense features (B, N, D): what CLIP makes of its class token, made of every patch."""
+        dense features (B, N, D): each patch projected as CLIP projects its class token."""
         tokens = [self.visual.embed(pixels)]                                   # [(B, 1 + N, Dv)]
         for block in self.visual.transformer.resblocks:
             tokens.append(block(tokens[-1]))
@@ -336,10 +314,8 @@ class CLIP(nn.Module):
         return [tokens[level][:, 1:] for level in levels], features            # [(B, N, Dv)], ..
 
     def encode_prompts(self, embeddings, end):
-        """Prompt embeddings (B, L, Dt) of any length -> text features (B, D), not normalised.
-
-        end: (B,) or int, the place of the end token; what follows it changes nothing (causal).
-        """
+        """Token embeddings (B, L, Dt) and the index of the end token, (B,) or int -> text features
+        (B, D), not normalised. Causal attention ignores what follows the end."""
         positions = self.positional_embedding[:embeddings.shape[1]]            # (L, Dt)
         x = self.transformer(embeddings + positions)                           # (B, L, Dt)
         x = x[torch.arange(len(x), device=x.device), end]                      # (B, Dt)
@@ -347,139 +323,72 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """Token ids (B, L) -> text features (B, D), not normalised."""
-        end = tokens.argmax(dim=-1)                      # the end token has the highest id of all
+        end = tokens.argmax(dim=-1)                      # the end token has the highest id
         return self.encode_prompts(self.token_embedding(tokens), end)
 
-    def forward(self, pixels, tokens):
-        """Cosines times the temperature: (logits per image (B, T), logits per text (T, B))."""
-        image = F.normalize(self.encode_image(pixels), dim=-1)                 # (B, D)
-        text = F.normalize(self.encode_text(tokens), dim=-1)                   # (T, D)
-        logits = self.logit_scale.exp() * image @ text.T                       # (B, T)
-        return logits, logits.T                                                # (B, T), (T, B)
 
-
-def add_lora(model, rank, alpha):
-    """Freeze a module; LoRA for the queries, keys and values of each attention in it, with one A
-    for all three [ours]."""
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.lora = LoRA(module.in_proj_weight.detach(), rank, alpha)
-
-
-@torch.no_grad()
-def merge_lora(model):
-    """Add the changes to the weights: the same outputs, the keys of a model without LoRA."""
-    for module in model.modules():
-        if isinstance(module, Attention) and module.lora is not None:
-            module.in_proj_weight += module.lora.scale * module.lora.B @ module.lora.A
-            module.lora = None
-
-
-# ------------------------------------------------------------------------------ files of weights
-
-def sizes_of(shapes):
-    """{key: shape} of a state dict -> the arguments of `CLIP`."""
-    stem = [shape[0] for key, shape in shapes.items()
-            if key.startswith("visual.stem.") and key.endswith(".weight")]
-    blocks = [key for key in shapes if key.endswith(".ln_1.weight")]
-    vision_layers = len([key for key in blocks if key.startswith("visual.")])
-    tokens, vision_width = shapes["visual.positional_embedding"]
-    patch = shapes["visual.conv1.weight"][-1]
-    vocab_size, transformer_width = shapes["token_embedding.weight"]
-    return dict(
-        embed_dim=shapes["text_projection"][1],
-        image_resolution=math.isqrt(tokens - 1) * patch,           # one token is the class
-        vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
-        context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
-        transformer_width=transformer_width, transformer_layers=len(blocks) - vision_layers,
-        stem=stem[:-1])                                            # the last makes Dv
-
+# --------------------------------------------------------------------------------------- weights
 
 def build(state_dict, device="cpu"):
-    """A CLIP with these weights (OpenAI's keys), sizes inferred from them, fp32, in eval mode.
-
-    Raises ValueError, one line: a ResNet, missing, surplus or misshapen weights, NaN or infinity.
-    """
-    # OpenAI's archives also hold three whole numbers, notes of no use
+    """A CLIP in fp32 and eval mode from OpenAI's keys, sized by their shapes, or ValueError."""
+    # OpenAI's archives also hold three integers, which nothing needs.
     weights = {key: x for key, x in state_dict.items() if x.is_floating_point()}
-    shapes = {key: tuple(x.shape) for key, x in weights.items()}
+    shapes = {key: x.shape for key, x in weights.items()}
+    blocks = [key for key in shapes if key.endswith(".ln_1.weight")]
+    vision_layers = len([key for key in blocks if key.startswith("visual.")])
+    stem = [shape[0] for key, shape in shapes.items()
+            if key.startswith("visual.stem.") and key.endswith(".weight")]
     try:
-        with torch.device("meta"):                                 # shapes alone, no memory
-            model = CLIP(**sizes_of(shapes))
+        tokens, vision_width = shapes["visual.positional_embedding"]
+        patch = shapes["visual.conv1.weight"][-1]
+        vocab_size, transformer_width = shapes["token_embedding.weight"]
+        with torch.device("meta"):                       # allocates no memory
+            model = CLIP(
+                embed_dim=shapes["text_projection"][1],
+                image_resolution=math.isqrt(tokens - 1) * patch,   # one token is the class
+                vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
+                context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
+                transformer_width=transformer_width,
+                transformer_layers=len(blocks) - vision_layers,
+                stem=stem[:-1])                          # the last has vision_width
         model.to_empty(device=device).load_state_dict(weights)
-    except (LookupError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"found no CLIP with patches, but perhaps a ResNet ({reason}), expected "
-                         "the weights of a Vision Transformer: name another file") from error
-
-    for key, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise ValueError(f"damaged weights: NaN or infinity in {key}")
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise ValueError(f"found weights that do not fit ({error!r:.200}), expected those of a "
+                         "CLIP with a Vision Transformer (a ResNet has no patches)") from error
     return model.eval()
 
 
-KNOWN = {f"torch.{name}Storage": getattr(torch, name.lower())
-         for name in ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
-KNOWN |= {"torch.ByteStorage": torch.uint8, "collections.OrderedDict": OrderedDict,
-          "torch._utils._rebuild_tensor_v2":
-          lambda numbers, offset, shape, stride, *_: numbers.as_strided(shape, stride, offset)}
-
-
-class Unpickler(pickle.Unpickler):
-    """Reads tensors, dictionaries and modules of an open zip; any other name is an error."""
-
-    def __init__(self, archive, index):
-        super().__init__(archive.open(index))
-        self.archive = archive
-        self.folder = index.removesuffix("data.pkl") + "data/"
-        self.storages = {}                               # tensors may share one
-
-    def persistent_load(self, storage):
-        _, dtype, key, *_ = storage
-        if key not in self.storages:
-            content = bytearray(self.archive.read(self.folder + key))
-            # empty tensors have no bytes, which frombuffer refuses
-            content = content or bytearray(8)
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)        # (length,)
-        return self.storages[key]
-
-    def find_class(self, module, name):
-        if module.partition(".")[0] == "__torch__":
-            return OrderedDict                           # a module keeps its attributes in vars()
-        if f"{module}.{name}" not in KNOWN:
-            raise ValueError(f"it asks for {module}.{name}, expected only tensors")
-        return KNOWN[f"{module}.{name}"]
-
-
-def find_tensors(node, name, seen):
-    """{dotted name: tensor} of what dictionaries and modules hold, each of them seen once."""
-    if isinstance(node, torch.Tensor):
-        return {name: node}
-    if not isinstance(node, dict) or id(node) in seen:
-        return {}
-    seen.add(id(node))                                   # a dictionary may hold itself
-    found = {}
-    for key, child in (dict(node) | getattr(node, "__dict__", {})).items():
-        found |= find_tensors(child, f"{name}.{key}".removeprefix("."), seen)
-    return found
-
-
 def read_archive(path):
-    """{name: tensor} of a file of `torch.jit.save` or `torch.save`, without running its code.
-
-    The file is a zip: data.pkl describes the tensors, data/0, data/1, .. hold their numbers. Of a
-    checkpoint of SAPL only the CLIP is returned. Raises ValueError, one line, for anything else.
-    """
+    """{key: tensor} of the CLIP in a file of `torch.save` or `torch.jit.save`, or ValueError."""
+    # weights_only restores tensors and plain types, so no code of the file runs. It refuses
+    # TorchScript (OpenAI's archives), known by the entry constants.pkl; renamed, that is ignored,
+    # and each module becomes a dictionary with its attributes in __dict__.
+    content = Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.off")
     try:
-        with zipfile.ZipFile(path) as archive:
-            # an error unless there is exactly one
-            [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            found = find_tensors(Unpickler(archive, index).load(), "", set())
-    except Exception as error:                           # damage has many faces
-        raise ValueError(f"no readable archive of weights: {error}") from error
-    own = {name.removeprefix("clip."): x for name, x in found.items() if name.startswith("clip.")}
-    return own or found
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        modules = [(OrderedDict, name) for name in names if name.startswith("__torch__.")]
+        with torch.serialization.safe_globals(modules):
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, struct.error, EOFError, LookupError, ValueError, TypeError,
+            AttributeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"found no readable weights in {path} ({type(error).__name__}), expected "
+                         "a file for torch.load(weights_only=True)") from error
+
+    tensors = {}
+    seen = set()                                         # a dictionary may contain itself
+    nodes = [("", state)]
+    for name, node in nodes:                             # the list grows in the loop
+        if isinstance(node, torch.Tensor):
+            tensors[name] = node
+        elif isinstance(node, dict) and id(node) not in seen:
+            seen.add(id(node))
+            children = node | getattr(node, "__dict__", {})
+            nodes += [(f"{name}.{key}", child) for key, child in children.items()]
+
+    # Strip what wraps a CLIP: ".state_dict", ".model", ".module", or ".clip" of a SAPL checkpoint.
+    ends = [name for name in tensors if name.endswith(".text_projection")]
+    prefix = ends[0].removesuffix("text_projection") if ends else "."
+    return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
 
 def sha256_of(path):
@@ -488,74 +397,65 @@ def sha256_of(path):
 
 
 def cached(url):
-    """Where a file is kept: in $CLIP_CACHE, or where OpenAI's own program keeps it."""
+    """Where a download is kept: in $CLIP_CACHE, by default where OpenAI's code keeps it."""
     folder = os.environ.get("CLIP_CACHE", "~/.cache/clip")
     return Path(folder).expanduser() / url.rpartition("/")[2]
 
 
 def fetch(url, sha256):
-    """The path of a file in the cache, downloaded if it is not there whole; else OSError."""
+    """The path of a file in the cache, downloaded if it is not there; OSError if that fails."""
     target = cached(url)
     if target.is_file() and sha256_of(target) == sha256:
         return target
+    print(f"downloading {url}", file=sys.stderr)
     try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            content = response.read()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise OSError("wrong SHA-256")
         target.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(30)                     # seconds: no way to hang
-        torch.hub.download_url_to_file(url, target, hash_prefix=sha256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise OSError(f"found no {target}, and it cannot be downloaded ({error}), expected the "
-                      f"file of {url} with SHA-256 {sha256}: put it there, or use --clip tiny, "
-                      "which works without it") from error
+        part = target.with_suffix(f".{os.getpid()}")
+        part.write_bytes(content)
+        part.replace(target)                             # never half a file under this name
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"found no intact {target} and could not download {url} ({error}): put it "
+                      "there (an official CLIP needs its weights and the vocabulary "
+                      f"{VOCABULARY}), or use --clip tiny, which needs neither") from error
     return target
 
 
 def load(name_or_path="tiny", device="cpu"):
-    """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file.
-
-    name_or_path: a name of OFFICIAL (downloaded once), "tiny" (in this repository), or a file:
-    OpenAI's archive, a state dict, a checkpoint of SAPL. Raises ValueError or OSError, one line.
-    """
+    """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file: "tiny" (shipped),
+    a key of OFFICIAL (downloaded once), or a file. Raises ValueError or OSError."""
     name = str(name_or_path)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if name in OFFICIAL:
         file = name.replace("/", "-").replace("@", "-") + ".pt"
         path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name])
     elif not path.is_file():
-        raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a "
-                         "file: check the name (ResNets have no patches)")
-    try:
-        model = build(read_archive(path), device)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a file")
+    model = build(read_archive(path), device)
     model.name = name
     model.sha256 = sha256_of(path)
     return model
 
 
-def lesson(words):
-    """Print the pieces of some words, then what patches of a picture say to two sentences."""
-    vocab_size = 49408
-    if not cached(VOCABULARY).is_file():
-        print(f"found no vocabulary, {cached(VOCABULARY)}: bytes instead of pieces")
-        vocab_size = 514
-    tokenizer = Tokenizer(vocab_size)
-    print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(words)))
+def lesson(text):
+    """Print the tokens of a text, then which patches of a forged picture look manipulated."""
+    tokenizer = Tokenizer(49408 if cached(VOCABULARY).is_file() else 514)      # 514: bytes
+    print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)))
 
     model = load("tiny")
-    tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
     picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
-    image = torch.from_numpy(np.array(picture)) / 255                          # (320, 448, 3)
-    image = image.permute(2, 0, 1)[None]                                       # (1, 3, 320, 448)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255         # (3, H, W)
+    pixels = normalize(image[None])                                            # (1, 3, H, W)
+    tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
     with torch.no_grad():
-        _, features = model.encode_patches(normalize(image))                   # (1, N, D)
-        text = F.normalize(model.encode_text(tokens), dim=-1)                  # (2, D)
-    similarity = F.normalize(features, dim=-1) @ text.T                        # (1, N, 2)
-    print(f"pixels {tuple(image.shape)} -> patches {tuple(features.shape)}, sentences "
-          f"{tuple(text.shape)} -> cosines {tuple(similarity.shape)}")
-
-    print('cosine with "manipulated" less that with "genuine", percent, 5 x 5 patches a number:')
-    difference = similarity[..., 1] - similarity[..., 0]                       # (1, N)
-    difference = difference.view(1, *model.visual.grid(image))                 # (1, h, w)
+        _, features = model.encode_patches(pixels)                             # (1, N, D)
+        genuine, manipulated = F.normalize(model.encode_text(tokens), dim=-1)  # (D,), (D,)
+    print('cosine with "manipulated" minus cosine with "genuine", percent, over 5 x 5 patches:')
+    difference = F.normalize(features, dim=-1) @ (manipulated - genuine)       # (1, N)
+    difference = difference.view(1, *model.visual.grid(pixels))                # (1, h, w)
     for row in F.avg_pool2d(difference, 5)[0]:
         print("   ", " ".join(f"{100 * value:4.0f}" for value in row))
 

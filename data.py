@@ -1,15 +1,18 @@
-"""Pictures and labels: reading data sets in the field's layouts, and feeding the training.
+"""Pictures and labels: one picture and its view, data sets on disk, windows for the training.
 
-Reading order: one picture -> a data set on disk -> the training set -> what is wrong with a set
-(`python data.py SET`; without SET a short lesson). Label 1 = manipulated. Masks are named here,
-never read: only tests/evaluate.py does. The training set holds paths and labels.
+`python data.py SET` says what a set holds and what is wrong with it; without SET, a short lesson.
+Label 0 = genuine, 1 = manipulated. Masks are only named here: tests/evaluate.py reads them.
 """
 import argparse
 import csv
 import io
 import json
+import os
 import re
+import struct
 import sys
+import warnings
+import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,57 +20,128 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif",
+              ".avif", ".jp2")
+UNREADABLE = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".exr")
 MAX_PIXELS = 200_000_000      # ours: 600 MB decoded; a header that claims more is refused
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, MemoryError, struct.error,
+          zlib.error, Image.DecompressionBombError)          # what Pillow raises on bad files
+
+
+class BadInput(ValueError):
+    """What cannot be used, and why, in one line."""
 
 
 # ---------------------------------------------------------------------------------- one picture
 
 @contextmanager
-def opened(path):
-    """An image file, only its header read; any failure, in the body too, becomes a ValueError,
-    "path: reason"."""
-    Image.MAX_IMAGE_PIXELS = None                    # Pillow warns and refuses earlier than we do
+def one_line():
+    """Turn what Pillow and the file system raise into BadInput. No code of ours belongs inside."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except DAMAGE as error:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadInput(text.splitlines()[0]) from error
+
+
+@contextmanager
+def opened(path):
+    """An image file, only its header read; BadInput, "path: reason", if damaged or too large.
+    A BadInput from the body gets the path in front; any other error keeps its traceback."""
+    try:
+        with one_line():
+            try:
+                image = Image.open(path)
+            except Image.DecompressionBombError:        # Pillow's limit is global and below ours
+                start = Path(path).read_bytes()[:16]
+                plugins = [opens for opens, fits in Image.OPEN.values() if fits and fits(start)]
+                image = plugins[0](path)
+        with image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"found {image.width} x {image.height} pixels, expected at most "
-                                 f"{MAX_PIXELS:,}: make it smaller")
+                raise BadInput(f"found {image.width} x {image.height} pixels, expected at most "
+                               f"{MAX_PIXELS:,}: reduce it")
             yield image
-    except Exception as error:                       # damage has many faces
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        reason = reason.removeprefix(f"{path}: ").splitlines()[0]
-        raise ValueError(f"{path}: {reason}") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def to_bytes(values):
+    """Numbers from 0, black, -> uint8. White is the least of 1 (floats only), 255, 4095 (12 bits)
+    and 65535 that no value exceeds [ours]; BadInput for negative, larger or non-finite values."""
+    if values.dtype == np.uint8:
+        return values
+    low = float(values.min())                                # NaN if any value is
+    high = float(values.max())
+    if not (low >= 0 and high <= 65535):
+        raise BadInput(f"found values from {low:g} to {high:g}, expected 0 to 65535: scale them")
+    whites = (1, 255, 4095, 65535) if values.dtype.kind == "f" else (255, 4095, 65535)
+    white = next(white for white in whites if high <= white)
+    return np.round(values * np.float32(255 / white)).astype(np.uint8)
 
 
 def to_rgb(image, background="white"):
-    """PIL image of any mode -> RGB: deeper than 8 bits scaled down, what is transparent filled."""
-    if image.mode.startswith(("I", "F")):                   # one channel: I;16, I, F
-        values = np.asarray(image, dtype=np.float32)                              # (H, W)
-        if values.max() > 255:
-            values = values / 257
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    """PIL image of any mode -> RGB, not turned: numbers scaled by `to_bytes`, transparent parts on
+    the background; BadInput if the pixels are damaged or cannot be converted."""
+    deep = ";16" in str(getattr(image, "tile", ""))          # 16 bits a channel
+    with one_line():
+        image.load()
+        numbers = image.mode.startswith(("I", "F"))          # one channel: I;16, I, F
+        if not numbers:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if numbers:
+        image = Image.fromarray(to_bytes(np.asarray(image)))                      # (H, W)
+    elif deep and 0 < np.max(image.getextrema()[:3]) < 16:   # Pillow kept the upper 8 bits alone
+        raise BadInput("found colours of 12 bits in 16, expected 16 bits: scale them")
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 
+def orientation(image):
+    """EXIF orientation of a PIL image: 1 is upright, from 5 on it lies on its side."""
+    with one_line():
+        return Image.Image.getexif(image).get(0x0112, 1)     # PNG's own would decode the pixels
+
+
+def to_picture(source):
+    """PIL image of any mode, array or tensor -> PIL RGB, upright by its EXIF orientation.
+    Arrays: (H, W), (H, W, 1), (H, W, 3) or, with alpha, (H, W, 4); uint8, or uint16 and floats in
+    the ranges of `to_bytes`. BadInput for anything else."""
+    if isinstance(source, Image.Image):
+        picture = to_rgb(source)
+        picture.info.clear()                                 # what is upright is not turned again
+        picture.getexif()[0x0112] = orientation(source)
+        ImageOps.exif_transpose(picture, in_place=True)
+        return picture
+
+    dtype = str(getattr(source, "dtype", type(source).__name__)).removeprefix("torch.")
+    shape = tuple(getattr(source, "shape", ()))
+    known = dtype in ("uint8", "uint16", "float16", "float32", "float64")
+    if not known or len(shape) < 2 or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)):
+        raise BadInput(f"found {dtype} of shape {shape}, expected a PIL image or uint8, uint16 or "
+                       "float (H, W), (H, W, 3) or (H, W, 4): convert it")
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    values = source[..., 0] if shape[2:] == (1,) else source                 # (H, W[, 3 or 4])
+    return to_rgb(Image.fromarray(to_bytes(values)))
+
+
 def open_image(path):
-    """Picture file -> PIL RGB: first frame, EXIF orientation applied; or ValueError."""
+    """Picture file -> PIL RGB: first frame, EXIF orientation applied; or BadInput."""
     with opened(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_picture(image)
 
 
 def picture_size(path):
     """(H, W) as `open_image` returns it, and the EXIF orientation, from the header alone."""
     with opened(path) as image:
-        turn = Image.Image.getexif(image).get(0x0112, 1)     # PNG's own would decode it all
+        turn = orientation(image)
         W, H = image.size
-    if turn >= 5:                                            # lies on its side
+    if turn in (5, 6, 7, 8) and image.format != "TIFF":      # Pillow turns TIFF itself
         return (W, H), turn
     return (H, W), turn
 
@@ -78,21 +152,21 @@ def to_tensor(image):
     return array.permute(2, 0, 1).contiguous() / 255                              # (3, H, W)
 
 
-def jpeg(image, quality, shift=(0, 0), subsampling=0):
-    """Encode and decode a PIL RGB image, its 8x8 grid shifted by (x, y) pixels."""
-    dx, dy = shift
-    padded = np.pad(image, ((dy, 0), (dx, 0), (0, 0)), mode="edge")               # (H+dy, W+dx, 3)
-    buffer = io.BytesIO()
-    Image.fromarray(padded).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    H, W, _ = padded.shape
-    return Image.open(buffer).convert("RGB").crop((dx, dy, W, H))
+def reduced_size(size, max_side):
+    """(W, H) -> (W', H') in proportion; unchanged unless a side is longer than max_side."""
+    scale = min(1, max_side / max(size))
+    return tuple(max(1, round(scale * side)) for side in size)
 
 
-def add_noise(image, sigma, rng):
-    """Gaussian noise of standard deviation sigma (levels of 0-255) on a PIL RGB image."""
-    noise = rng.standard_normal((image.height, image.width, 3), dtype=np.float32)
-    noisy = np.asarray(image) + sigma * noise + 0.5
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+def view(picture, max_side, cell):
+    """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels, as
+    resampling erases traces. Only a picture longer than max_side is reduced, once. Reflection on
+    the right and below pads it to multiples of cell."""
+    W, H = reduced_size(picture.size, max_side)
+    if (W, H) != picture.size:
+        picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
+    missing = ((0, -H % cell), (0, -W % cell), (0, 0))
+    return to_tensor(np.pad(picture, missing, mode="reflect"))                    # (3, H', W')
 
 
 # -------------------------------------------------------------------------- a data set on disk
@@ -102,465 +176,280 @@ class Picture(NamedTuple):
     path: Path
     label: int | None
     mask: Path | None = None
-    source: str = ""              # pictures of one scene share it: never split up by `split`
+    source: str = ""              # pictures of one scene share it: `split` keeps them together
     inverted: bool = False        # the mask is black where manipulated
 
 
 class Report(NamedTuple):
-    """How a set was read."""
-    layout: str                   # a key of LAYOUTS, "list" or "no labels"
-    problems: list                # one line each, empty if all is well
+    """How a set was read: a key of LAYOUTS, "list" or "no labels"; one line a problem."""
+    layout: str
+    problems: list
 
 
-class Layout(NamedTuple):
-    """What paths look like: lower case, without extension, below any folder. A mask belongs to the
-    picture with equal groups; the groups of `scene` are what pictures of one scene share."""
-    genuine: str
-    manipulated: str
-    mask: str
-    scene: str
-    unused: str = "(?!)"          # never matches
-    inverted: bool = False
-
-
+# Patterns for paths below a set's folder, in lower case and without extension: see `matches`.
 GENUINE = "(?:au|authentic|genuine|real|originals?|pristine|untouched)"
 MANIPULATED = "(?:tp|sp|manipulated|tampered|fakes?|forged|forger(?:y|ies)|spliced|edited)"
-MASKS = r"(?:[^/]*mask[^/]*|gt|[^/]*ground_?-? ?truth[^/]*)"
-LAYOUTS = {      # the first one that every picture fits is taken
-    "CASIA": Layout("au_[^/]*", "([st]p_[^/]*)", "([st]p_[^/]*)_gt",
-                    # the last of two scenes in a name is the background
-                    scene=r"(?:.*_)?([a-z]{3})_?(\d{4,5})[^a-z/]*|([^/]*)"),
-    "Columbia": Layout("4cam_auth/[^/]*", "4cam_splc/([^/]*)", "4cam_splc/edgemask/(.*)_edgemask",
-                       scene="([^/]*)", unused="4cam_auth/edgemask/.*"),
-    "COVERAGE": Layout(r"image/\d+", r"image/(\d+)t", r"mask/(\d+)forged", scene=r"(\d+)t?",
-                       unused=r"mask/\d+(?:copy|paste)"),
-    "DSO-1": Layout(r"normal-\d+", r"(splicing-\d+)", f"{MASKS}/(splicing-\\d+)", scene="([^/]*)",
-                    inverted=True),
-    "folders": Layout(f"{GENUINE}/.*", f"{MANIPULATED}/(.*)", f"{MASKS}/(.*?)(?:_gt|_mask)?",
-                      scene="([^/]*?)(?:_[of])?"),
-    "IMD2020": Layout("[^/]*/[^/]*_orig", "([^/]*/[^/]*(?<!_orig))", "([^/]*/[^/]*)_mask",
-                      scene="([^/]*)/[^/]*"),
+MASKS = "(?:[^/]*mask[^/]*|gt|[^/]*ground_?-? ?truth[^/]*)"
+LAYOUTS = {      # genuine and manipulated pictures; the first one that every picture fits is taken
+    "folders": (f"{GENUINE}/.*", f"{MANIPULATED}/.*"),
+    "CASIA": ("au_[^/]*", "[st]p_[^/]*"),
+    "Columbia": ("4cam_auth/[^/]*", "4cam_splc/[^/]*"),
+    "COVERAGE": (r"image/\d+", r"image/\d+t"),
+    "DSO-1": (r"normal-\d+", r"splicing-\d+"),
+    "IMD2020": ("[^/]*/[^/]*_orig", "[^/]*/[^/]*(?<!_orig)"),
 }
+SCENE = (r"(?:au|[st]p)_(?:.*_)?([a-z]{3})_?(\d{4,5})(?!\d)[^a-z]*"     # CASIA: background is last
+         r"|(\d+)t|(.*?)(?:_[of])?")                                    # COVERAGE, CoMoFoD, others
 
 
-def match(pattern, name):
-    """The groups of a pattern that fits the end of a path from some folder on, or None."""
-    found = re.fullmatch(f"(?:.*/)?(?:{pattern})", name)
-    return found and found.groups()
+def matches(pattern, name):
+    """Whether a pattern fits a whole path, or its end from some folder on."""
+    return re.fullmatch(f"(?:.*/)?(?:{pattern})", name) is not None
 
 
-def roles_in(layout, names):
-    """{file: (role, groups)} where a Layout knows what a file is; names: {file: path in it}."""
-    roles = {}
-    for file, name in names.items():
-        found = {}
-        for role in ("mask", "unused", "genuine", "manipulated"):      # a mask is no picture
-            groups = match(getattr(layout, role), name)
-            if groups is not None:
-                found[role] = groups
-        unclear = set(found) == {"genuine", "manipulated"}             # such as tp/real/
-        if found and not unclear:
-            roles[file] = next(iter(found.items()))
-    return roles
+def scene_of(path):
+    """What the file names of one scene share."""
+    return "".join(group for group in re.fullmatch(SCENE, path.stem.lower()).groups() if group)
 
 
-def find_layout(root, names):
-    """(name in LAYOUTS, roles) of the layout that every file fits; ("no labels", {}) if no folder
-    is named like a class or like masks; else ValueError, which names a file that does not fit."""
-    for name, layout in LAYOUTS.items():
-        roles = roles_in(layout, names)
-        kinds = {role for role, _ in roles.values()}
-        usable = "genuine" in kinds or "manipulated" in kinds
-        if name == "IMD2020":                              # any two levels of folders look like it
-            usable = "genuine" in kinds and "mask" in kinds
-        if usable and len(roles) == len(names):
-            return name, roles
+def files_in(folder):
+    """A folder -> (sorted picture files below it, Counter of the endings of unreadable ones).
+    Links are followed, each real file and folder counts once, hidden ones are skipped."""
+    files = []
+    left_out = Counter()
+    seen = set()
+    paths = [Path(folder)]
+    for path in paths:                                       # the list grows on the way
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        if path.is_dir():
+            inside = [each for each in path.iterdir() if not each.name.startswith(".")]
+            paths += sorted(inside, key=lambda each: (each.is_symlink(), each))
+        elif path.suffix.lower() in EXTENSIONS:
+            files.append(path)
+        elif path.suffix.lower() in UNREADABLE:
+            left_out[path.suffix.lower()] += 1
+    return sorted(files), left_out
 
-    telling = f"(?:{GENUINE}|{MANIPULATED}|{MASKS})/.*"
-    if all(match(telling, name) is None for name in names.values()):
-        return "no labels", {}
-    known = roles_in(LAYOUTS["folders"], names)
-    odd = [file for file in names if file not in known] or list(names)
-    raise ValueError(f"found {odd[0]}, which fits no layout, expected in {root} only folders of "
-                     "genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and masks: "
-                     "rename or move it, or write a list image,label,mask")
 
-
-def names_in(root):
-    """{file: its path in a folder, as a Layout sees it} of all pictures that are not hidden."""
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    names = {}
-    for file in files:
-        name = file.relative_to(root).with_suffix("").as_posix().lower()
-        hidden = "/." in f"/{name}"
-        if file.suffix.lower() in EXTENSIONS and not hidden:
-            names[file] = name
-    if not names:
-        endings = ", ".join(sorted({file.suffix for file in files})) or "nothing"
-        raise ValueError(f"found no picture in {root} (only {endings}), expected "
-                         f"{', '.join(EXTENSIONS)}: convert them, or check the path")
-    return names
+def find_layout(root, names, masks):
+    """(layout, {picture: label}) by the first of LAYOUTS that fits the names of the pictures; "no
+    labels" if no folder is named like a class and there are no masks; else BadInput."""
+    twins = len({Path(name).name for name in names.values()}) < len(set(names.values()))
+    odd = []
+    for layout, (genuine, manipulated) in LAYOUTS.items():
+        labels = {file: int(matches(manipulated, name)) for file, name in names.items()
+                  if matches(manipulated, name) != matches(genuine, name)}
+        # by names alone, masks of equal name look like pictures; IMD2020 fits any two levels
+        clear = {"folders": True, "IMD2020": masks and 0 in labels.values()}.get(layout, not twins)
+        if names and clear and len(labels) == len(names):
+            return layout, labels
+        odd += [file for file in names if file not in labels]
+    classes = f"(?:{GENUINE}|{MANIPULATED})/.*"
+    if not masks and not any(matches(classes, name) for name in names.values()):
+        return "no labels", dict.fromkeys(names)
+    raise BadInput(f"found {[*odd, *masks][0]}, which fits no layout, expected {root} to hold only "
+                   "genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and masks: "
+                   "rename or move it, or write a list image,label,mask")
 
 
 def read_folder(root):
-    """A folder in one of LAYOUTS -> (pictures, Report); in none of them: pictures, no labels."""
-    names = names_in(root)
-    layout, roles = find_layout(root, names)
-    if layout == "no labels":
-        problem = "no labels: no folder is named au, tp or alike"
-        return [Picture(file, None) for file in names], Report(layout, [problem])
+    """A folder in one of LAYOUTS, or of photos without labels -> (pictures, Report)."""
+    files, left_out = files_in(root)
+    counts = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
+    problems = [f"left out: {counts}, which Pillow cannot open"] if counts else []
+    names = {file: file.relative_to(root).with_suffix("").as_posix().lower() for file in files}
 
-    # what has equal groups belongs together
-    masks = defaultdict(list)
-    manipulated = defaultdict(list)
-    for file, (role, groups) in roles.items():
-        if role == "mask":
-            masks[groups].append(file)
-        elif role == "manipulated":
-            manipulated[groups].append(file)
-    problems = []
-    for first, *others in (*masks.values(), *manipulated.values()):
-        problems += [f"duplicate: {other} beside {first}" for other in others]
-    for groups in masks.keys() - manipulated.keys():
-        problems.append(f"mask without picture: {masks[groups][0]}")
+    # masks lie in folders named like masks, or are named as another picture plus _gt or _mask
+    stems = {Path(name).name for name in names.values()}
+    ends = tuple(end for end in ("_gt", "_mask") if any(stem + end in stems for stem in stems))
+    masks = {file: names.pop(file) for file in files
+             if matches(f"{MASKS}/.*", names[file]) or names[file].endswith(ends)}
+    layout, labels = find_layout(root, names, masks)
 
+    def key(name):
+        """What a picture and its mask share: the path below their class folder, or the stem."""
+        name = re.sub(r"_(gt|mask|edgemask)$|(?<=\d)(copy|paste)$", "", name)
+        name = re.sub(r"(?<=\d)forged$", "t", name)          # COVERAGE
+        below = re.sub(f"^(?:.*/)?(?:{GENUINE}|{MANIPULATED}|{MASKS})/", "", name)
+        return below if layout in ("folders", "IMD2020") else Path(name).name
+
+    masks_of = defaultdict(list)
+    for mask, name in masks.items():
+        masks_of[key(name)].append(mask)
+    uses = Counter(key(name) for file, name in names.items() if labels[file] == 1)
     pictures = []
-    for file, (role, groups) in roles.items():
-        if role not in ("genuine", "manipulated"):
-            continue
-        label = 0 if role == "genuine" else 1
-        mask = None
-        if label == 1 and len(masks.get(groups, ())) == 1:             # of two, neither is used
-            mask = masks[groups][0]
-        if label == 1 and masks and not mask:
-            problems.append(f"no mask: {file}")
-        scene = match(LAYOUTS[layout].scene, names[file]) or ()
-        source = "".join(group for group in scene if group)
-        pictures.append(Picture(file, label, mask, source, LAYOUTS[layout].inverted))
+    for file, name in names.items():
+        found = masks_of[key(name)] if labels[file] == 1 else []
+        mask = found[0] if len(found) == uses[key(name)] == 1 else None      # of two, neither
+        if labels[file] == 1 and masks and not mask:
+            problems.append(f"no mask of its own: {file}")
+        scene = file.parent.name if layout == "IMD2020" else scene_of(file)
+        pictures.append(Picture(file, labels[file], mask, scene))
+    known = {key(name) for name in names.values()}
+    problems += [f"mask without picture: {file}" for file in masks if key(masks[file]) not in known]
     return pictures, Report(layout, problems)
 
 
-def list_rows(file):
-    """The rows of a list as (line or entry number, image, mask, label), texts as they stand."""
-    text = file.read_text(encoding="utf-8-sig")
-    lines = text.splitlines()
-
-    if file.suffix.lower() == ".json":
-        entries = json.loads(text)
-        if isinstance(entries, dict):                          # WSCL: {id: {path, label, mask}}
-            return [(i, row["path"], row.get("mask"), row["label"])
-                    for i, row in enumerate(entries.values(), start=1)]
-        return [(i, image, mask, "0" if mask == "Negative" else "1")            # IMDL-BenCo
-                for i, (image, mask) in enumerate(entries, start=1)]
-
-    if file.suffix.lower() == ".csv":                          # image,label[,mask]
-        reader = csv.DictReader(lines)
-        if not {"image", "label"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"its first line is {lines[:1]!r:.60}")
-        return [(reader.line_num, row["image"], row.get("mask"), row["label"]) for row in reader]
-
-    rows = []                                                  # MVSS-Net: image mask label
-    for i, line in enumerate(lines, start=1):
-        words = line.rsplit(maxsplit=2)
-        if len(words) == 3:
-            rows.append((i, *words))
-        elif words:
-            raise ValueError(f"line {i} is {line!r:.60}")
-    return rows
-
-
 def read_list(file):
-    """A list of pictures -> (pictures, Report); paths start at its folder."""
-    pictures = {}
+    """A list as CSV or IMDL-BenCo's JSON -> (pictures, Report); paths start at its folder."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        is_json = file.suffix.lower() == ".json"
+        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadInput(f"found {file}, which cannot be read ({error}), expected a folder, CSV or "
+                       "JSON: check the path") from error
+
+    found = {}                                               # {real path: Picture}
     problems = []
-    try:
-        for number, image, mask, label in list_rows(file):
-            if str(label).strip() not in ("0", "1"):
-                raise ValueError(f"line {number}: found label {label!r:.60}, expected 0 (genuine) "
-                                 "or 1 (manipulated)")
-            path = file.parent / image.strip()
-            if path in pictures:
-                problems.append(f"duplicate: {path}, line {number}")
-                continue
-            has_mask = int(label) == 1 and mask not in ("", "None", None)
-            mask = file.parent / mask if has_mask else None
-            pictures[path] = Picture(path, int(label), mask, path.stem.lower())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"found {file}, which cannot be read ({error}), expected CSV with the "
-                         "header image,label,mask (commas), text 'image mask label', or JSON: "
-                         "correct it") from None
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+        if isinstance(row, list) and len(row) == 2:          # IMDL-BenCo
+            row = {"image": row[0], "mask": row[1], "label": int(row[1] != "Negative")}
+        entry = row if isinstance(row, dict) else {}
+        entry = {str(key).strip(): str(value).strip() for key, value in entry.items()}
+        if entry.get("label") not in ("0", "1") or not entry.get("image"):
+            raise BadInput(f"found {row!s:.99} as row {number} of {file}, expected a header "
+                           "image,label,mask and label 0 (genuine) or 1 (manipulated): correct it")
+        path = file.parent / entry["image"]
+        has_mask = entry["label"] == "1" and entry.get("mask", "") not in ("", "None")
+        mask = file.parent / entry["mask"] if has_mask else None
+        picture = Picture(path, int(entry["label"]), mask, scene_of(path))
 
-    if pictures and not any(path.is_file() for path in pictures):
-        raise ValueError(f"found none of the {len(pictures)} pictures of {file}, tried "
-                         f"{next(iter(pictures))}: write paths as seen from the list's folder")
-    return list(pictures.values()), Report("list", problems)
-
-
-def check(picture, decode):
-    """What is wrong with a picture's files: one line, "bad file" if it is unusable, or ""."""
-    try:
-        size, _ = picture_size(picture.path)
-        if decode:
-            open_image(picture.path)
-        if picture.mask:
-            found, _ = picture_size(picture.mask)
-            if found != size and found == (size[1], size[0]):
-                return f"mask on its side, will be turned: {picture.mask}"
-            if found != size:
-                return f"mask of another size than its picture: {picture.mask}"
-    except ValueError as error:
-        return f"bad file: {error}"
-    return ""
+        first = found.setdefault(os.path.realpath(path), picture)
+        if first.label != picture.label:
+            problems.append(f"contradiction: {path} has label 0 and label 1: not used")
+            found[os.path.realpath(path)] = first._replace(label=None)
+        elif first is not picture:
+            problems.append(f"duplicate: {path}, row {number}")
+    return [p for p in found.values() if p.label is not None], Report("list", problems)
 
 
 def read_set(path, masks=True, decode=False):
-    """A folder or list -> (pictures, Report) without unusable files, which the report names.
-
-    masks=False: no mask is opened, nor kept. decode: reads every picture, not only its header.
-    Raises ValueError, one line, if there is nothing to use or the layout is unclear.
-    """
+    """A folder or list -> (pictures, Report), without unusable files, which the report names;
+    BadInput if nothing is left or the layout is unclear. masks=False: no mask is opened, nor kept.
+    decode: reads every picture, not only its header."""
     root = Path(path)
-    if not root.exists():
-        raise ValueError(f"found no {root}, expected a folder or list of pictures: check the path")
-    if root.is_file() and root.suffix.lower() in EXTENSIONS:
-        raise ValueError(f"found a picture, {root}, expected a folder or list: name its folder")
     entries, report = read_folder(root) if root.is_dir() else read_list(root)
-
+    problems = report.problems
     pictures = []
     for picture in entries:
-        if not masks:
-            picture = picture._replace(mask=None)
-        problem = check(picture, decode)
-        if problem:
-            report.problems.append(problem)
-        if not problem.startswith("bad file"):
-            pictures.append(picture)
-    if not pictures:
-        reason = report.problems[-1] if report.problems else "it is empty"
-        raise ValueError(f"found no usable picture in {root} ({reason}), expected some: folders "
-                         "au/ and tp/, or a list")
+        try:
+            size = open_image(picture.path).size[::-1] if decode else picture_size(picture.path)[0]
+        except BadInput as error:
+            problems.append(f"bad file: {error}")
+            continue
+        mask = picture.mask if masks else None
+        try:
+            if mask and picture_size(mask)[0] != size:
+                problems.append(f"mask of another size than its picture: {mask}")
+        except BadInput as error:
+            problems.append(f"bad mask: {error}")
+            mask = None
+        pictures.append(picture._replace(mask=mask))
 
     labels = {picture.label for picture in pictures}
-    for label, name in enumerate(("genuine", "manipulated")):
-        if report.layout != "no labels" and label not in labels:
-            report.problems.append(f"one class only: no {name} pictures")
+    if not labels:
+        raise BadInput(f"found no usable picture in {root} ({', '.join(problems[:1]) or 'empty'}), "
+                       f"expected {', '.join(EXTENSIONS)}: check the path and the files")
+    wrong = {0: "one class only: no manipulated pictures", 1: "one class only: no genuine pictures",
+             None: "no labels: no folder is named au, tp or alike"}
+    problems += [wrong[label] for label in labels if len(labels) == 1]
     return pictures, report
 
 
 def split(pictures, fraction, seed):
-    """Pictures -> (train, val): about `fraction` of the scenes go to val, no scene to both."""
-    scene_of = {picture: picture.source or str(picture.path) for picture in pictures}
-    scenes = np.random.default_rng(seed).permutation(sorted(set(scene_of.values())))
-    held_out = set(scenes[:round(fraction * len(scenes))])
+    """Pictures -> (train, held_out): about `fraction` of each class is held out, no scene is in
+    both, and both have both classes if that is possible. The same seed gives the same split."""
+    scenes = defaultdict(Counter)                            # {scene: {label: pictures}}
+    for picture in pictures:
+        scenes[picture.source or str(picture.path)][picture.label] += 1
+    order = np.random.default_rng(seed).permutation(sorted(scenes)).tolist()
+    total = sum(scenes.values(), Counter())
 
-    train = [picture for picture in pictures if scene_of[picture] not in held_out]
-    val = [picture for picture in pictures if scene_of[picture] in held_out]
-    return train, val
-
-
-# ------------------------------------------------------------------------------ the training set
-
-def degrade(image, size, rng):
-    """Rescale a PIL RGB image to `size` (W, H), then blur, noise and JPEG, each sometimes (ours):
-    compression or sharpness shall not tell the classes. Equal rng, equal treatment."""
-    kinds = (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-    sampling = kinds[rng.integers(3)]
-    if image.size != size:
-        image = image.resize(size, sampling)
-
-    if rng.random() < 0.15:
-        image = image.filter(ImageFilter.GaussianBlur(0.3 * 13 ** rng.random()))     # 0.3 .. 3.9
-    if rng.random() < 0.15:
-        image = add_noise(image, rng.uniform(1, 6), rng)
-    if rng.random() < 0.65:
-        quality = int(rng.integers(45, 101))
-        image = jpeg(image, quality, rng.integers(0, 8, 2), subsampling=int(rng.choice([0, 2])))
-    return image
+    held = Counter()
+    chosen = set()
+    for label in sorted(total, key=total.get):               # the rarest class first
+        goal = max(1, round(fraction * total[label])) if fraction > 0 else 0
+        order.sort(key=lambda scene: scenes[scene][label] > goal)       # large scenes last
+        for scene in order:
+            more = held + scenes[scene]
+            leaves_all = all(more[label] < total[label] for label in total)
+            if held[label] < goal and scenes[scene][label] and scene not in chosen and leaves_all:
+                chosen.add(scene)
+                held = more
+    held_out = [p for p in pictures if (p.source or str(p.path)) in chosen]
+    return [p for p in pictures if (p.source or str(p.path)) not in chosen], held_out
 
 
 class TrainingSet(Dataset):
-    """Labelled pictures [(path, label)]: item -> (image (3, size, size) in [0, 1], label, index).
+    """Labelled pictures: item i -> (a random window of the view, mirrored in half of the cases,
+    uint8 (3, window, window); label). Seeded by (seed, epoch, i), whatever the worker; from
+    len(self) on, i means picture i % len(self), in another window."""
 
-    Chance comes from (seed, epoch, index), whatever the worker. augment: random squares and flips.
-    cache: megabytes of pictures that stay decoded. Arrays (H, W, 3) uint8 may stand for paths.
-    """
-
-    def __init__(self, pairs, *, size, seed, augment=True, cache=1000):
-        self.photos = [photo for photo, _ in pairs]
-        self.labels = [label for _, label in pairs]
-        self.size = size
+    def __init__(self, pictures, *, max_side, cell, window, seed):
+        self.pictures = pictures
+        self.max_side = max_side
+        self.cell = cell
+        self.window = window
         self.seed = seed
-        self.augment = augment
         self.epoch = 0
 
-        for i in range(len(self.photos)):
-            if cache > 0:
-                self.photos[i] = self.photo(i)
-                cache -= self.photos[i].nbytes / 1e6
-
     def __len__(self):
-        return len(self.labels)
-
-    def photo(self, i):
-        """Photo i as (H, W, 3) uint8."""
-        photo = self.photos[i]
-        if isinstance(photo, np.ndarray):
-            return photo
-        return np.asarray(open_image(photo))
-
-    def rng(self, *numbers):
-        return np.random.default_rng((self.seed, self.epoch, *numbers))
-
-    def work_size(self, rng):
-        """The side to work at; `degrade` to self.size then rescales by 0.5-1.25, often by 1."""
-        if rng.random() < 0.35:
-            return round(self.size / rng.uniform(0.5, 1.25))
-        return self.size
-
-    def window(self, photo, side, work, rng):
-        """A random square, `side` pixels at most, flipped or not, resampled to `work` -> RGB."""
-        H, W, _ = photo.shape
-        side = max(1, min(round(side), H, W))
-        y = rng.integers(0, H - side + 1)
-        x = rng.integers(0, W - side + 1)
-
-        window = Image.fromarray(photo[y:y + side, x:x + side])
-        if rng.random() < 0.5:
-            window = ImageOps.mirror(window)
-        return window.resize((work, work), Image.Resampling.BICUBIC)
+        return len(self.pictures)
 
     def __getitem__(self, index):
-        rng = self.rng(index)
-        photo = self.photo(index)
-        work = self.work_size(rng)
-
-        if self.augment:
-            side = rng.uniform(0.6, 1) * min(photo.shape[:2])
-            image = self.window(photo, side, work, rng)
-        else:
-            image = ImageOps.fit(Image.fromarray(photo), (work, work))
-
-        image = degrade(image, (self.size, self.size), rng)
-        return to_tensor(image), self.labels[index], index
-
-
-# ---------------------------------------------------------------------- what is wrong with a set
-
-def accuracy_from(values, labels):
-    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance (ours). Each label
-    is guessed from the pictures of the same value in another random half, ten times."""
-    right = {0: [], 1: []}
-    for seed in range(10):
-        half = np.random.default_rng(seed).permutation(len(labels)) % 2
-        total = Counter(zip(half, labels))
-        seen = Counter(zip(half, labels, values))
-
-        for own_half, value, label in zip(half, values, labels):
-            other = 1 - own_half
-            support = seen[other, label, value] / max(1, total[other, label])
-            against = seen[other, 1 - label, value] / max(1, total[other, 1 - label])
-            right[label].append(0.5 + 0.5 * np.sign(support - against))         # a draw: half right
-    return np.mean([np.mean(right[0]), np.mean(right[1])])
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        picture = self.pictures[index % len(self)]
+        image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
+        top, left = (rng.integers(max(1, side - self.window + 1)) for side in image.shape[1:])
+        image = image[:, top:top + self.window, left:left + self.window]       # (3, h, w)
+        missing = [(0, self.window - side) for side in image.shape[1:]]
+        pixels = np.pad((255 * image).round().byte(), [(0, 0), *missing], mode="reflect")
+        window = torch.from_numpy(pixels)                                      # (3, window, window)
+        if rng.random() < 0.5:
+            window = window.flip(2)
+        return window, picture.label
 
 
-def leaks(pictures):
-    """How well trivial cues in the files' headers tell the class -> {cue: `accuracy_from`}."""
-    cues = defaultdict(list)
-    for picture in pictures:
-        with opened(picture.path) as image:
-            density = picture.path.stat().st_size / (image.width * image.height)
-            cues["format"].append(image.format)
-            cues["size"].append(image.size)
-            cues["aspect"].append(round(8 * np.log2(image.width / image.height)))
-            cues["JPEG tables"].append(str(getattr(image, "quantization", "")))
-            cues["bytes per pixel"].append(round(8 * np.log2(density)))
-    labels = [picture.label for picture in pictures]
-    return {cue: accuracy_from(values, labels) for cue, values in cues.items()}
-
-
-def contact_sheet(pictures, path, cell=128):
-    """Write up to 24 pictures of a set, each beside its mask and with its name, as one picture."""
-    shown = pictures[::len(pictures) // 24 + 1]
-    width = 2 * cell + 8
-    height = cell + 16
-    rows = (len(shown) + 2) // 3
-    sheet = Image.new("RGB", (3 * width, rows * height), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    for i, picture in enumerate(shown):
-        x = i % 3 * width
-        y = i // 3 * height
-        draw.text((x, y + cell), picture.path.name, fill="black")
-        sheet.paste(ImageOps.contain(open_image(picture.path), (cell, cell)), (x, y))
-        if picture.mask:
-            sheet.paste(ImageOps.contain(open_image(picture.mask), (cell, cell)), (x + cell, y))
-    sheet.save(path)
-
-
-def describe(path, with_leaks):
-    """Print what a data set holds and what is wrong -> (pictures, problems)."""
-    pictures, report = read_set(path, decode=True)
-    count = Counter(picture.label for picture in pictures)
-    formats = Counter(picture.path.suffix.lower() for picture in pictures)
-    sizes = {picture_size(picture.path)[0] for picture in pictures}
-    masks = sum(picture.mask is not None for picture in pictures)
-    print(f"{path}: {report.layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
-          f"without label, {masks} masks")
-    print(f"{dict(formats)}, {len(sizes)} sizes (H, W) from {min(sizes)} to {max(sizes)}")
-
-    if with_leaks:
-        if not (count[0] and count[1]):
-            raise ValueError("found no two classes, expected both for --leaks: leave it out")
-        for cue, accuracy in leaks(pictures).items():
-            print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)")
-            if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
-                report.problems.append(f"leak: {cue} alone tells the class")
-    print("\n".join(report.problems) or "nothing wrong")
-    return pictures, report.problems
-
+# ---------------------------------------------------------------------------------- the command
 
 def demo():
-    """From a file to a training item, on a picture drawn here: what each step makes."""
-    rng = np.random.default_rng(1)
-    colours = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
-    photo = add_noise(colours.resize((128, 96)), 4, rng)                # PIL RGB
-    print(f"photo        {np.asarray(photo).shape} uint8, (H, W, 3): soft colours and some noise")
-    print(f"to_tensor()  {tuple(to_tensor(photo).shape)} float32 in [0, 1]")
-
-    # Files of one class have JPEG quality 90, of the other 70: a model could learn just that.
-    small = photo.crop((0, 0, 16, 16))
-    labels = [0, 1] * 500
-    files = [jpeg(small, 90 - 20 * label) for label in labels]
-    before = accuracy_from([file.tobytes() for file in files], labels)
-    after = [degrade(file, file.size, rng).tobytes() for file in files]
-    print("leaks        genuine files of JPEG quality 90, manipulated ones of 70: their pixels")
-    print(f"             tell the class with accuracy {before:.2f}, after degrade() with "
-          f"{accuracy_from(after, labels):.2f}; chance is 0.50")
-
-    items = TrainingSet([(np.asarray(photo), 0)], size=64, seed=0)
-    for epoch in (0, 1):
-        items.epoch = epoch
-        image, label, index = items[0]
-        print(f"training     epoch {epoch}, item {index}: {tuple(image.shape)}, label {label}, "
-              f"mean {image.mean():.3f}: another window, and no mask")
+    """From a file to training windows, on a picture drawn here: what each step makes."""
+    colours = np.random.default_rng(1).integers(0, 256, (6, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours).resize((700, 500)).save(file, "JPEG")
+    picture = open_image(file)
+    print(f"open_image() {picture.width} x {picture.height} pixels, {picture.mode}, of a JPEG file")
+    for max_side in (1024, 512):
+        shape = tuple(view(picture, max_side, cell=16).shape)
+        print(f"view()       {shape} float32 in [0, 1] with max_side={max_side}, cell=16")
+    items = TrainingSet([Picture(file, 0)], max_side=1024, cell=16, window=256, seed=0)
+    for items.epoch in (0, 1):
+        window, label = items[0]
+        print(f"TrainingSet  {tuple(window.shape)} {window.dtype}, label {label}, in epoch "
+              f"{items.epoch} with mean {window.float().mean():.1f}")
 
 
 def main(arguments=None):
     """The command line; returns the exit status: 0 fine, 1 something is wrong, 2 wrong call."""
-    parser = argparse.ArgumentParser(description="What a data set holds, and what is wrong in it.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="What a data set holds, and what is wrong in it.")
     parser.add_argument("path", help="folder or list of labelled pictures")
-    parser.add_argument("--leaks", action="store_true", help="do trivial cues tell the class?")
-    parser.add_argument("--preview", metavar="PNG", help="draw a contact sheet")
-    args = parser.parse_args(arguments)
+    path = parser.parse_args(arguments).path
     try:
-        pictures, problems = describe(args.path, args.leaks)
-        if args.preview:
-            contact_sheet(pictures, args.preview)
-    except (ValueError, OSError) as error:
+        pictures, report = read_set(path, decode=True)
+    except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 1 if problems else 0
+    count = Counter(picture.label for picture in pictures)
+    masks = sum(picture.mask is not None for picture in pictures)
+    sizes = sorted(picture_size(picture.path)[0] for picture in pictures)
+    print(f"{path}: {report.layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
+          f"without label, {masks} masks; sizes (H, W) from {sizes[0]} to {sizes[-1]}")
+    print("\n".join(report.problems) or "nothing wrong")
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

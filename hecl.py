@@ -1,14 +1,19 @@
 """HECL, hierarchical edge contrastive learning: genuine against manipulated edge patches.
 
-After SAPL (arXiv 2601.06222), see ecpl.py for the words in brackets: genuine and manipulated edge
-patches are extracted and contrasted [abstract], with a dual queue [digest]. Which patches, loss and
-features: ours. "Hierarchical" here: every depth of the image tower has its own features, head and
-queues. Used in training only. What it brought so far (tests/README.md): nothing measurable.
+After SAPL (arXiv 2601.06222); ecpl.py explains the words in brackets. Genuine and manipulated edge
+patches are extracted and contrasted [abstract], with a dual queue [digest]. How patches are chosen,
+the loss, the features and the meaning of "hierarchical" are ours: every level of the image tower has
+its own head and queues. HECL is used in training only.
 
-Reading order: which patches -> queues -> loss -> HECL. `python hecl.py` shows what it does.
+Why contrast? A classifier may separate the classes by any cue that works on the training pictures.
+Contrast asks for more: patches of one class, taken from many pictures, should resemble each other
+and differ from those of the other class. A batch holds too few pictures for that, so queues keep
+patches of earlier batches (MoCo, He et al. 2020). tests/README.md says what it brings.
 
-Shapes: B images, N patches, D joint width, d contrast width, K patches of a kind taken of an image,
-A = B * 2K anchors, Q keys; class 0 genuine, 1 manipulated.
+Reading order: which patches -> queues -> loss -> HECL -> a lesson (`python hecl.py`).
+
+Shapes: B images, N patches, D joint width, d contrast width, K patches of a kind per image,
+A = B * 2K anchors, Q keys; class 0 genuine, 1 manipulated, -1 unknown.
 """
 import torch
 import torch.distributed as dist
@@ -17,21 +22,25 @@ import torch.nn.functional as F
 from torch.distributed.nn.functional import all_gather
 
 
-def select(edges, logits, *, share, top):
-    """Which patches are contrasted: edges, logits (B, N) -> indices (most, least), (B, K) each.
+def select(edges, logits, truth, *, share, top):
+    """Choose the patches to contrast: edges, logits, truth (B, N) -> indices (B, 2K), classes
+    (B, 2K) in {0, 1, -1}.
 
-    Edge patches are the `share` of each picture with the strongest soft edges. Of these the K that
-    look most manipulated (a picture's manipulated edge patches, or the hardest genuine ones) and
-    the K that look least so (genuine ones of the very same scene). K: `top`, or half of them all.
+    Edge patches are the `share` of each picture with the strongest soft edges. Of these, the K that
+    look most manipulated come first, then the K that look least so. Where the truth is known, it
+    ranks them before the map does; a class of -1 stays unknown. K: `top`, or half of them all.
     """
     count = max(1, round(share * edges.shape[1]))
     K = max(1, min(top, count // 2))
     kept = edges.topk(count, dim=1).indices                                    # (B, count)
-    order = logits.gather(1, kept).argsort(dim=1, descending=True)             # (B, count)
+
+    # The map orders patches within [0, 1]; knowledge moves them out of that range.
+    suspicion = logits.sigmoid()                                               # (B, N)
+    suspicion = suspicion + (truth == 1).float() - (truth == 0).float()        # (B, N)
+    order = suspicion.gather(1, kept).argsort(dim=1, descending=True)          # (B, count)
     ranked = kept.gather(1, order)                                             # (B, count)
-    most = ranked[:, :K]                                                       # (B, K)
-    least = ranked[:, -K:]                                                     # (B, K)
-    return most, least
+    chosen = torch.cat([ranked[:, :K], ranked[:, -K:]], dim=1)                 # (B, 2K)
+    return chosen, truth.gather(1, chosen)                                     # (B, 2K) each
 
 
 def of_all_processes(x):
@@ -42,8 +51,8 @@ def of_all_processes(x):
 
 
 class DualQueue(nn.Module):
-    """Two first-in-first-out buffers of unit features, one a class [digest], because contrast
-    needs more pictures than a batch holds; the form is ours, after MoCo (He et al. 2020)."""
+    """Two first-in-first-out buffers of unit features, one per class [digest]; their form is ours,
+    after MoCo."""
 
     def __init__(self, length, dim):
         super().__init__()
@@ -58,7 +67,7 @@ class DualQueue(nn.Module):
 
     def keys(self):
         """Features (2 * filled, d) and their classes (2 * filled,)."""
-        filled = self.features[0].any(dim=1)             # (length,), zeros are empty places
+        filled = self.features[0].any(dim=1)             # (length,), rows of zeros are empty
         features = self.features[:, filled]                                    # (2, filled, d)
         classes = torch.arange(2, device=features.device)                      # (2,)
         classes = classes.repeat_interleave(features.shape[1])                 # (2 * filled,)
@@ -66,12 +75,13 @@ class DualQueue(nn.Module):
 
 
 def contrast(anchors, classes, keys, key_classes, ignore, tau):
-    """Supervised contrast (Khosla et al. 2020, their L_out; used here: ours) -> scalar >= 0.
+    """Supervised contrastive loss (Khosla et al. 2020, their L_out; its use here is ours) ->
+    scalar >= 0.
 
         loss of an anchor = mean over keys p of its class of -log( exp(a.p / tau) / sum over all
                             keys k of exp(a.k / tau) )
 
-    The mean is outside the logarithm: inside, one near key of the class would be enough.
+    The mean stays outside the logarithm: inside, one similar key of the class would suffice.
     anchors (A, d), keys (Q, d) of unit length; classes (A,), key_classes (Q,); ignore (A, Q): pairs
     that do not count. Anchors without a key of their class are left out; if all are: 0.
     """
@@ -89,9 +99,9 @@ def contrast(anchors, classes, keys, key_classes, ignore, tau):
 
 
 class HECL(nn.Module):
-    """The contrast at every depth, each with a head and queues of its own.
+    """The contrast at every level, each with its own head and queues.
 
-    levels: how many depths. width: D. dim: d. queue: features kept a class and depth, 0 = the batch
+    levels: how many. width: D. dim: d. queue: features kept per class and level, 0 = the batch
     alone. tau: temperature. share, top: see `select`.
     """
 
@@ -103,38 +113,35 @@ class HECL(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(width, dim) for _ in range(levels)])
         self.queues = nn.ModuleList([DualQueue(queue, dim) for _ in range(levels)])
 
-    def forward(self, depths, edges, logits, labels):
-        """depths [(B, N, D)], edges, logits (B, N), labels (B,) in {0, 1} -> scalar >= 0."""
-        edges = of_all_processes(edges)                                        # (B, N)
-        logits = of_all_processes(logits.detach())                             # (B, N)
-        labels = of_all_processes(labels)                                      # (B,)
-        most, least = select(edges, logits, share=self.share, top=self.top)
-        B, K = most.shape
-        index = torch.cat([most, least], dim=1)                                # (B, 2K)
+    def forward(self, depths, edges, logits, labels, truth):
+        """depths [(B, N, D)], edges, logits (B, N), labels (B,) in {0, 1}, truth (B, N) in
+        {0, 1, -1} -> scalar >= 0."""
+        chosen, known = select(edges, logits.detach(), truth, share=self.share, top=self.top)
+        K = chosen.shape[1] // 2
+        # Where nothing is known, the most suspicious patches get the class of their picture.
+        guess = torch.zeros_like(known)                                        # (B, 2K)
+        guess[:, :K] = labels[:, None]                                         # (B, K)
+        classes = torch.where(known < 0, guess, known)                         # (B, 2K)
+        classes = of_all_processes(classes)                                    # (B, 2K)
 
-        # The patches that look most manipulated have the class of their picture.
-        classes = torch.zeros_like(index)                                      # (B, 2K)
-        classes[:, :K] = labels[:, None]                                       # (B, K)
-        classes = classes.flatten()                                            # (A,)
         # Patches of one picture share its content: as positives they would teach scenes, not seams.
-        picture = torch.arange(B, device=index.device)                         # (B,)
+        picture = torch.arange(len(classes), device=classes.device)            # (B,)
         picture = picture.repeat_interleave(2 * K)                             # (A,)
         same_picture = picture[:, None] == picture                             # (A, A)
-        same_class = classes[:, None] == classes                               # (A, A)
-        ignore = same_picture & same_class                                     # (A, A)
+        flat = classes.flatten()                                               # (A,)
+        ignore = same_picture & (flat[:, None] == flat)                        # (A, A)
 
-        is_manipulated = labels == 1                                           # (B,)
         losses = []
         for z, head, queue in zip(depths, self.heads, self.queues):
-            z = of_all_processes(z)                                            # (B, N, D)
-            patches = z.take_along_dim(index[..., None], dim=1)                # (B, 2K, D)
+            patches = z.take_along_dim(chosen[..., None], dim=1)               # (B, 2K, D)
+            patches = of_all_processes(patches)                                # (B, 2K, D)
             anchors = F.normalize(head(patches).float(), dim=-1)               # (B, 2K, d)
-            all_anchors = anchors.flatten(0, 1)                                # (A, d)
-            losses.append(self.compare(all_anchors, classes, ignore, queue))
+            losses.append(self.compare(anchors.flatten(0, 1), flat, ignore, queue))
+
             if self.training:
-                newest = anchors[:, :K].detach()                               # (B, K, d)
-                genuine = newest[~is_manipulated].flatten(0, 1)                # (n, d)
-                manipulated = newest[is_manipulated].flatten(0, 1)             # (m, d)
+                hardest = anchors[:, :K].detach()                              # (B, K, d)
+                genuine = hardest[classes[:, :K] == 0]                         # (n, d)
+                manipulated = hardest[classes[:, :K] == 1]                     # (m, d)
                 queue.push(genuine, manipulated)
         return torch.stack(losses).mean()
 
@@ -153,22 +160,29 @@ def demo():
     labels = torch.arange(8) % 2
     edges = torch.rand(8, 16)
     logits = torch.randn(8, 16)
-    most, least = select(edges, logits, share=0.5, top=2)
-    print("8 pictures of 16 patches. Of each, the 8 with the strongest edges are edge patches; of\n"
-          "these the 2 that look most manipulated and the 2 that look least so are contrasted:")
-    for label, top, bottom in zip(labels[:4], most.tolist(), least.tolist()):
-        print(f"    label {label}   most {top}   least {bottom}")
+    truth = torch.zeros(8, 16, dtype=torch.long)         # a genuine label is known of every patch
+    truth[[1, 5]] = -1                                   # labelled manipulated: nobody knows where
+    truth[3, :6] = 1                                     # splices: known by construction
+    truth[7, :6] = 1
+    chosen, known = select(edges, logits, truth, share=0.5, top=2)
+    print("8 pictures of 16 patches; the 8 with the strongest edges are edge patches. Chosen: the 2\n"
+          "that are or look most manipulated, then the 2 that look least so (class 1, 0, ? unknown):")
+    kinds = ("genuine", "labelled", "genuine", "splice")
+    for kind, patches, classes in zip(kinds, chosen.tolist(), known.tolist()):
+        shown = [f"{patch:2} ({'01?'[c]})" for patch, c in zip(patches, classes)]
+        print(f"    {kind:9}", "  ".join(shown))
 
     hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.1, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z], lr=0.05)
+    most = chosen[:, :2]                                                       # (B, K)
     classes = labels.repeat_interleave(2)                                      # (B * K,)
     different = classes[:, None] != classes                                    # (B * K, B * K)
-    pairs = ~torch.eye(len(classes), dtype=torch.bool)                         # none with itself
-    print("Mean cosine of those that look most manipulated, behind the head:")
+    pairs = ~torch.eye(len(classes), dtype=torch.bool)         # no patch with itself
+    print("Mean cosine of the first two of each picture, behind the head:")
 
     for step in range(61):
-        loss = hecl([z], edges, logits, labels)
+        loss = hecl([z], edges, logits, labels, truth)
         if step % 20 == 0:
             patches = z.take_along_dim(most[..., None], dim=1)                 # (B, K, D)
             anchors = F.normalize(hecl.heads[0](patches), dim=-1)              # (B, K, d)

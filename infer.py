@@ -1,326 +1,359 @@
-"""SAPL used: is a picture manipulated, and where? The command, and the same as a library.
+"""Inference: is a picture manipulated, and where? A command, and functions for a library.
 
-    python infer.py photo.jpg FOLDER "*.png"         maps, masks, overlays, a table and a report
-    result = SAPL.load().localize("photo.jpg")       .map .mask .score .decision .area
+    python infer.py photo.jpg FOLDER          maps, masks, overlays, results.csv, report.html
+    infer.localize(infer.load(), "photo.jpg").decision
 
-Reading order: picture -> answer -> what people look at -> the command. A map is in [0, 1], 1 =
-manipulated; above 0.5 it is the mask. Shapes: h, w patch grid, H, W pixels of the picture.
+Shapes: h, w patch grid; H', W' pixels of the view; H, W pixels of the picture.
 """
 import argparse
 import csv
-import datetime
-import glob
 import html
 import itertools
-import json
-import math
+import os
+import pickle
+import signal
 import sys
 import time
-from collections import Counter
+import warnings
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageFilter
+if __name__ == "__main__":                    # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import clip
-import data
-import ecpl
+import numpy as np                                                       # noqa: E402
+import torch                                                             # noqa: E402
+import torch.nn.functional as F                                          # noqa: E402
+from PIL import Image, ImageFilter                                       # noqa: E402
 
-MIN_SIDE = 16              # pixels: less has nothing to compare
+import clip                                                              # noqa: E402
+import data                                                              # noqa: E402
+import ecpl                                                              # noqa: E402
+from data import BadInput                                                # noqa: E402
+
+FORMAT = 5                 # of checkpoints
+MIN_SIDE = 16              # pixels: a smaller picture has nothing to compare
 CAUTION = ("A score is not a proof: genuine pictures are called manipulated too. "
            "Never decide by it alone.")
-SHIPPED = "The shipped model is a small demonstration. "
 
 
-# ---------------------------------------------------------------------------- picture -> answer
+# ------------------------------------------------------------------------------------ checkpoint
+
+def is_backbone(key):
+    """Whether a key of SAPL's state dict is a weight of CLIP itself, not of ECPL or LoRA."""
+    return key.startswith("clip.") and ".lora." not in key
+
+
+def read_dict(path):
+    """The dict that torch.save wrote into a file; {} if it holds, or is, something else."""
+    try:
+        with warnings.catch_warnings(action="ignore"):   # about TorchScript, OpenAI's format
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
+            AssertionError, pickle.UnpicklingError):     # all seen from torch.load on damaged files
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def is_checkpoint(path):
+    """Whether a file holds a SAPL, in any format, and not only a CLIP."""
+    return "format" in read_dict(path)
+
+
+def load_checkpoint(path):
+    """The dict of a checkpoint of train.py, on the CPU; BadInput of one line."""
+    if not Path(path).is_file():
+        raise BadInput(f"found no {path}, expected a checkpoint of train.py: check the path")
+    state = read_dict(path)
+    if "format" not in state:
+        raise BadInput(f"found {path}, damaged or no checkpoint, expected one of train.py: name "
+                         "its best.pt")
+    if state["format"] != FORMAT:
+        raise BadInput(f"found {path} in format {state['format']}, expected format {FORMAT}: it "
+                         "is of another version, train it again")
+    return state
+
+
+def pick_device(name):
+    """"auto", "cpu", "cuda", "cuda:1", "mps" or a torch.device -> a torch.device that is there."""
+    present = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    present += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    name = {"auto": present[0], "cuda": "cuda:0"}.get(str(name), str(name))
+    if name not in present:
+        raise BadInput(f"found --device {name}, expected one of auto, {', '.join(present)}")
+    return torch.device(name)
+
+
+def has_bf16(device):
+    """Whether the hardware multiplies bf16: NVIDIA from Ampere on, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # private functions of torch; if one is missing, bool() answers False
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def pick_dtype(precision, device):
+    """"auto" (bf16 where the hardware has it), "bf16" or "fp32" -> the dtype of matrix products."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise BadInput(f"found --precision {precision}, expected auto, bf16 or fp32")
+    short = precision == "bf16" or precision == "auto" and has_bf16(device)
+    return torch.bfloat16 if short else torch.float32
+
+
+def load(checkpoint=None, device="auto", precision="auto"):
+    """The ecpl.SAPL of a checkpoint (None: the shipped one) in eval mode; ValueError or OSError of
+    one line."""
+    device = pick_device(device)
+    dtype = pick_dtype(precision, device)
+    state = load_checkpoint(checkpoint or clip.TINY)
+    stored = state["clip"]                    # weights, or name and hash of an official CLIP
+    tower = clip.load(stored["name"]) if "name" in stored else clip.build(stored)
+    tower.name = state["config"]["clip"]
+    tower.sha256 = stored.get("sha256", "")
+    model = ecpl.SAPL(tower, state["config"])
+
+    # the CLIP has its weights already; all others must be in the file
+    backbone = {key: x for key, x in model.state_dict().items() if is_backbone(key)}
+    model.load_state_dict(backbone | state["model"])
+    model.dtype = dtype
+    return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------ picture -> answer
 
 class Result(NamedTuple):
-    """What `SAPL.localize` finds in a picture of H x W pixels."""
+    """The answer for a picture of H x W pixels."""
     map: np.ndarray       # (H, W) float32 in [0, 1], 1 = manipulated
     mask: np.ndarray      # (H, W) bool, map > 0.5
     score: float          # of the whole picture, in [0, 1]
     decision: str         # "manipulated" if score > 0.5, else "genuine"
-    area: float           # share of the mask in the picture, in [0, 1]
+    area: float           # fraction of the picture in the mask, in [0, 1]
 
 
 def starts(length, size):
-    """Where windows of a size begin that cover a length, overlapping by a quarter at least."""
+    """Where windows of `size` begin that cover `length` and overlap by at least a quarter."""
     last = max(0, length - size)
-    count = 1 + math.ceil(last / (0.75 * size))
-    return np.linspace(0, last, count).astype(int).tolist()
+    count = 1 + np.ceil(last / (0.75 * size))
+    return np.linspace(0, last, int(count)).astype(int).tolist()
 
 
-class SAPL(ecpl.SAPL):
-    """The network of ecpl.py with what it takes to answer for a picture of any size."""
+@torch.inference_mode()
+def patch_logits(model, image):
+    """image (3, H', W') in [0, 1] -> (h, w) on the CPU: the mean over overlapping windows [ours].
 
-    def view(self, picture):
-        """PIL RGB -> what the network sees (3, H', W') in [0, 1]: at most `max_side` long."""
-        scale = min(1, self.config["max_side"] / max(picture.size)) / self.cell
-        size = [max(1, round(side * scale)) * self.cell for side in picture.size]
-        return data.to_tensor(picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3))
-
-    @torch.inference_mode()
-    def patch_logits(self, image):
-        """image (3, H', W') -> (h, w) on the CPU: the mean over overlapping windows [ours].
-
-        A tower trained on small pictures does not know what to attend to in large ones. A window
-        has config["window"] pixels a side; 0: the whole image.
-        """
-        p = self.cell
-        _, H, W = image.shape
-        h, w = H // p, W // p
-        size = max(h, w)
-        if self.config["window"] > 0:
-            size = self.config["window"] // p
-        rows = min(size, h)                                           # of a window
-        columns = min(size, w)
-
-        total = torch.zeros(h, w)
-        times = torch.zeros(h, w)
-        for top, left in itertools.product(starts(h, rows), starts(w, columns)):
-            window = image[:, p * top:p * (top + rows), p * left:p * (left + columns)]
-            with self.autocast():
-                logits = self(window[None].to(self.bias.device)).logits       # (1, rows, columns)
-            total[top:top + rows, left:left + columns] += logits[0].float().cpu()
-            times[top:top + rows, left:left + columns] += 1
-        return total / times                                          # (h, w)
-
-    def logits_of(self, picture, raw=False):
-        """PIL RGB -> logits of the map (H, W), less their mean, and of the score (), before
-        calibration.
-
-        raw: the map as the network gives it, not smoothed. Raises ValueError.
-        """
-        if min(picture.size) < MIN_SIDE:
-            raise ValueError(f"found {picture.width} x {picture.height} pixels, expected at least "
-                             f"{MIN_SIDE} a side: there is nothing to compare in it")
-
-        grid = self.patch_logits(self.view(picture))                  # (h, w)
-        if not torch.isfinite(grid).all():
-            raise ValueError("found an answer that is not a number, expected numbers: the "
-                             "checkpoint is damaged, or try --precision fp32")
-
-        score = ecpl.pool_score(grid.flatten()[None], self.config["rho"])[0]      # ()
-        grid = grid - grid.mean()                # ours: what is everywhere tells nothing of where
-        if not raw:
-            grid = ecpl.smooth(grid[None])[0]                         # (h, w)
-        W, H = picture.size
-        map = F.interpolate(grid[None, None], (H, W), mode="bilinear")[0, 0]      # (H, W)
-        return map, score
-
-    def localize(self, source, raw=False):
-        """A path, a PIL image or an array (H, W, 3) uint8 -> Result. Raises ValueError,
-        one line."""
-        if isinstance(source, (str, Path)):
-            source = data.open_image(source)
-        elif isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-
-        map, score = self.logits_of(data.to_rgb(source), raw)
-        map = (map - self.map_shift.cpu()).sigmoid().numpy()          # (H, W)
-        score = (score - self.score_shift.cpu()).sigmoid().item()
-
-        mask = map > 0.5                                              # (H, W)
-        decision = "manipulated" if score > 0.5 else "genuine"
-        return Result(map, mask, score, decision, float(mask.mean()))
+    A tower trained on small pictures attends badly across large ones. Windows have
+    config["window"] pixels a side; 0: the whole image.
+    """
+    p = model.cell
+    _, H, W = image.shape
+    h, w = H // p, W // p
+    size = model.config["window"] // p or max(h, w)
+    total = torch.zeros(h, w)
+    times = torch.zeros(h, w)
+    for top, left in itertools.product(starts(h, size), starts(w, size)):
+        bottom, right = top + size, left + size                    # slices stop at the border
+        window = image[:, p * top:p * bottom, p * left:p * right]
+        with model.autocast():
+            output = model(window[None].to(model.bias.device))
+        total[top:bottom, left:right] += output.logits[0].float().cpu()
+        times[top:bottom, left:right] += 1
+    return total / times                                           # (h, w)
 
 
-# ------------------------------------------------------------------------- what people look at
+def logits_of(model, picture):
+    """PIL RGB -> logits of the map (H, W), relative to their mean, and of the score (), before
+    calibration; BadInput of one line."""
+    if min(picture.size) < MIN_SIDE:
+        raise BadInput(f"found {picture.width} x {picture.height} pixels, expected at least "
+                         f"{MIN_SIDE} a side: there is nothing to compare in it")
+    max_side = model.config["max_side"]
+    view = data.view(picture, max_side, model.cell)                # (3, H', W')
+    grid = patch_logits(model, view)                               # (h, w)
+    if not grid.isfinite().all():
+        raise BadInput("found NaN or infinity as the answer, expected numbers: the checkpoint is "
+                         "damaged, or try --precision fp32")
+    score = ecpl.pool_score(grid.flatten()[None], model.config["rho"])[0]          # ()
 
-def overlay(picture, result):
-    """The picture, tinted and outlined where the map lies above 0.5 -> PIL RGB."""
-    mask = Image.fromarray(result.mask).convert("L")
-    canvas = picture.copy()
-    canvas.paste("orangered", mask=mask.point(lambda value: 0.4 * value))
-
-    # a contour that shows on dark and on bright: white, with black around it
-    thickness = max(picture.size) // 800 + 1
-    for colour, reach in (("black", 2 * thickness), ("white", thickness)):
-        soft = np.asarray(mask.filter(ImageFilter.BoxBlur(reach)))             # (H, W)
-        line = (0 < soft) & (soft < 255)
-        canvas.paste(colour, mask=Image.fromarray(line))
-    return canvas
+    grid = ecpl.smooth(grid[None] - grid.mean())   # (1, h, w): a constant offset does not localize
+    map = F.interpolate(grid[None], view.shape[1:], mode="bilinear")               # (1, 1, H', W')
+    width, height = data.reduced_size(picture.size, max_side)
+    map = map[..., :height, :width]                                # without the padding
+    if (width, height) != picture.size:
+        map = F.interpolate(map, picture.size[::-1], mode="bilinear")              # (1, 1, H, W)
+    return map[0, 0], score
 
 
-REPORT = """<!doctype html><meta charset="utf-8"><title>SAPL report</title>
+def localize(model, source):
+    """A path, or a PIL image, array or tensor that data.to_picture reads -> Result; BadInput of
+    one line."""
+    from_file = isinstance(source, (str, os.PathLike))
+    picture = data.open_image(source) if from_file else data.to_picture(source)
+    map, score = logits_of(model, picture)
+    map = (map - model.map_shift.cpu()).sigmoid().numpy()          # (H, W)
+    score = (score - model.score_shift.cpu()).sigmoid().item()
+    mask = map > 0.5                                               # (H, W)
+    decision = "manipulated" if score > 0.5 else "genuine"
+    return Result(map, mask, score, decision, float(mask.mean()))
+
+
+# ----------------------------------------------------------------------------- outputs for people
+
+HEADER = "path,decision,score,area,width,height,seconds,model,error"
+REPORT = f"""<!doctype html><meta charset="utf-8"><title>SAPL report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body{font:16px sans-serif;margin:1em;background:#f4f4f2}img{width:100%;display:block}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em;
-align-items:start}
-figure{margin:0;padding:.6em;background:#fff;overflow-wrap:anywhere}.manipulated{color:#a00}
-</style><h1>SAPL report</h1>
+body{{font:16px sans-serif;margin:1em}}figure{{margin:0;overflow-wrap:anywhere}}
+main{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}}
+img{{width:100%;max-height:480px;object-fit:contain}}.manipulated{{color:#a00}}
+</style><h1>SAPL report</h1><p><b>{CAUTION}</b> Highest scores first.</p><main>
 """
 
 
-def write_report(out, rows, names, checkpoint):
-    """out/report.html from the rows of results.csv: shows the overlays beside it, highest first."""
-    model = f"{Path(checkpoint).name}, SHA-256 {clip.sha256_of(checkpoint)[:12]}"
-    caution = SHIPPED + CAUTION if checkpoint == clip.TINY else CAUTION
-    done = [row for row in rows if not row["error"]]
-    failed = [row for row in rows if row["error"]]
-    count = Counter(row["decision"] for row in done)
-    parts = [REPORT, f"<p>Pictures: {len(done)}, {count['manipulated']} called manipulated, "
-             f"{len(failed)} failed. Model: {html.escape(model)}. {datetime.date.today()}.</p>"
-             f"<p><b>{caution}</b> Outlined and tinted: where the map lies above 0.5. Sorted by "
-             "score.</p><main>\n"]
-
-    for row in sorted(done, key=lambda row: -float(row["score"])):
-        link = quote(f"{names[row['path']]}_overlay.png")
-        parts.append(f'<figure><a href="{link}"><img alt="overlay" loading="lazy" src="{link}"></a>'
-                     f'<b class="{row["decision"]}">{row["decision"]}</b>, score '
-                     f'{float(row["score"]):.2f}, {float(row["area"]):.0%} marked<br>'
-                     f'{html.escape(row["path"])}</figure>\n')
-    for row in failed:
-        parts.append(f"<figure>{html.escape(row['path'])}: {html.escape(row['error'])}</figure>\n")
-    (out / "report.html").write_text("".join(parts), encoding="utf-8")
+def overlay(picture, result):
+    """The picture (PIL RGB) with its mask tinted and outlined if it is called manipulated, else
+    with a thin grey outline alone."""
+    mask = Image.fromarray(result.mask).convert("L")
+    thickness = max(picture.size) // 800 + 1
+    canvas = picture.copy()
+    lines = {"grey": thickness}
+    if result.decision == "manipulated":
+        canvas.paste("orangered", mask=mask.point(lambda value: 0.4 * value))
+        lines = {"black": 2 * thickness, "white": thickness}       # shows on dark and on bright
+    for colour, reach in lines.items():
+        soft = np.asarray(mask.filter(ImageFilter.BoxBlur(reach)))                 # (H, W)
+        canvas.paste(colour, mask=Image.fromarray((0 < soft) & (soft < 255)))
+    return canvas
 
 
-# ---------------------------------------------------------------------------------- the command
-
-FIELDS = ("path", "decision", "score", "area", "width", "height", "seconds", "error")
-
-
-def collect(arguments, out):
-    """Files, folders, globs, "-" (a list on standard input) -> paths, each once, none in `out`."""
-    words = []
-    for argument in arguments:
-        words += sys.stdin.read().splitlines() if argument == "-" else [argument]
-
-    paths = []
-    for word in words:
-        if not word.strip():                         # it would be this folder
-            continue
-        if not Path(word).exists():
-            found = sorted(glob.glob(word, recursive=True))
-            paths += [Path(name) for name in found or [word]]        # a name that fits nothing
-            continue
-        if not Path(word).is_dir():
-            paths.append(Path(word))
-            continue
-        for path in sorted(Path(word).rglob("*")):
-            hidden = path.name.startswith(".")
-            ours = out.resolve() in path.resolve().parents
-            if path.suffix.lower() in data.EXTENSIONS and not hidden and not ours:
-                paths.append(path)
-
-    if not any(path.exists() for path in paths):
-        raise ValueError(f"found no picture at {' '.join(arguments)}, expected files "
-                         f"({', '.join(data.EXTENSIONS)}), folders or a glob: check the path")
-    return list(dict.fromkeys(paths))
+def figure(row, base):
+    """A row of results.csv as HTML, with its overlay; CSS puts high scores first."""
+    source = f"{html.escape(row['path'])}<br><small>{html.escape(row['model'])}</small></figure>\n"
+    if row["error"]:
+        return f'<figure style="order:1">{html.escape(row["error"])}<br>{source}'
+    decision = row["decision"]
+    hint = "; most suspicious part outlined" if decision == "genuine" and row["area"] > 0 else ""
+    order = round(-1000 * row["score"])
+    link = quote(os.fsencode(os.path.basename(base))) + "_overlay.png"
+    return (f'<figure style="order:{order}"><a href="{link}"><img alt="overlay" loading="lazy" '
+            f'src="{link}"></a><br><b class="{decision}">{decision}{hint}</b><br>'
+            f'score {row["score"]:.2f}, {row["area"]:.0%} marked<br>{source}')
 
 
-def names_for(paths):
-    """Paths, texts -> {path: name of its output files}: the stem, numbered if that is taken."""
-    names = {}
-    taken = set()
-    for path in paths:
-        stem = Path(path).stem
-        name = stem
-        number = 1
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}~{number}"
-        taken.add(name.lower())
-        names[path] = name
-    return names
+def read_owners(file):
+    """{stem: (path, model)} of the first picture of each stem in results.csv, {} if there is none;
+    BadInput if it has another header."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else HEADER
+    lines = text.splitlines()
+    if lines[:1] != [HEADER]:
+        raise BadInput(f"found another header in {file}, expected {HEADER}: choose another --out")
+    rows = [row for row in csv.DictReader(lines) if not row["error"]]
+    return {Path(row["path"]).stem: (row["path"], row["model"]) for row in reversed(rows)}
 
 
-def read_rows(file):
-    """Rows of an earlier results.csv, {path: row}; nothing if there is none."""
-    if not file.exists():
-        return {}
-    with open(file, newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if reader.fieldnames != list(FIELDS):
-            raise ValueError(f"found {file}, which is not of this program, expected a folder of "
-                             "its own: choose another --out")
-        return {row["path"]: row for row in reader}
+def output_base(out, row, owners):
+    """How the names of a picture's outputs begin: out/stem, shortened to 200 bytes.
+
+    If outputs of another picture or model lie there, a checksum of path and model follows.
+    """
+    stem = Path(row["path"]).stem
+    key = (row["path"], row["model"])
+    short = stem.encode()[:200].decode(errors="ignore")
+    base = os.path.join(out, os.fsdecode(short.encode()))         # UTF-8 in every locale
+    unique = f"{base}~{zlib.crc32(repr(key).encode()):08x}"
+    taken = os.path.exists(f"{base}_overlay.png") and owners.get(stem) != key
+    return unique if taken or os.path.exists(f"{unique}_overlay.png") else base
 
 
-def answer(model, path, out, name, raw):
-    """Localize one picture and write its map, mask and overlay -> its row."""
-    row = dict.fromkeys(FIELDS) | {"path": str(path)}
+def answer(model, path, row, out, owners):
+    """Localize one picture, write its map, mask and overlay, and fill its row -> output_base."""
     began = time.time()
     try:
         picture = data.open_image(path)
-        result = model.localize(picture, raw)
-        row["seconds"] = round(time.time() - began, 3)
-
+        result = localize(model, picture)
+        base = output_base(out, row, owners)
+        overlay(picture, result).save(f"{base}_overlay.png", compress_level=1)
         grey = Image.fromarray((255 * result.map + 0.5).astype(np.uint8))
-        grey.save(out / f"{name}_map.png", compress_level=1)
-        Image.fromarray(result.mask).convert("L").save(out / f"{name}_mask.png")
-        overlay(picture, result).save(out / f"{name}_overlay.png", compress_level=1)
-        row |= {"decision": result.decision, "score": round(result.score, 4),
-                "area": round(result.area, 4), "width": picture.width, "height": picture.height}
-    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:       # of this picture alone
-        row["error"] = (str(error) or type(error).__name__).removeprefix(f"{path}: ")
-    return row
+        grey.save(f"{base}_map.png", compress_level=1)
+        Image.fromarray(result.mask).convert("L").save(f"{base}_mask.png")
+    except (BadInput, MemoryError, torch.OutOfMemoryError, OSError) as error:
+        row["error"] = str(error).removeprefix(f"{path}: ") or type(error).__name__
+        return ""
+    row |= {"decision": result.decision, "score": round(result.score, 4),
+            "area": round(result.area, 4), "width": picture.width, "height": picture.height,
+            "seconds": round(time.time() - began, 3)}
+    return base
 
 
-def run(model, args):
-    """Answer for all pictures -> exit status: 0 all done, 1 some failed."""
+# ------------------------------------------------------------------------------------ the command
+
+def collect(words, out):
+    """Files and folders -> paths of pictures, each once, without the outputs in `out`."""
+    paths = {}
+    for word in words:
+        is_folder = os.path.isdir(word)
+        files, left_out = data.files_in(word) if is_folder else ([Path(word)], {})
+        for ending, count in left_out.items():
+            print(f"note: {word}: left out {count} {ending}", file=sys.stderr)
+        for file in files:
+            folder, name = os.path.split(os.path.realpath(file))
+            is_output = name.endswith(("_map.png", "_mask.png", "_overlay.png"))
+            if not is_output or folder != os.path.realpath(out):
+                paths.setdefault((folder, name), file)
+    if not any(path.is_file() for path in paths.values()):
+        raise BadInput(f"found no picture at {' '.join(words)}, expected files "
+                         f"({', '.join(data.EXTENSIONS)}) or folders: check the path")
+    return list(paths.values())
+
+
+def run(args):
+    """Answer for all pictures, a row and a figure each as soon as it is done -> exit status."""
     out = Path(args.out)
     paths = collect(args.paths, out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"found a file, {out}, expected a folder: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(out / "results.csv")            # of an earlier run: they stay
-    names = names_for(rows | dict.fromkeys(map(str, paths)))
+    owners = read_owners(out / "results.csv")
+    model = load(args.checkpoint, args.device, args.precision)
+    checkpoint = args.checkpoint or clip.TINY
+    name = f"{Path(checkpoint).name} {clip.sha256_of(checkpoint)[:12]}"
+    if not args.checkpoint:
+        print(f"note: the shipped model is a small demonstration. {CAUTION}", file=sys.stderr)
 
+    out.mkdir(parents=True, exist_ok=True)
+    as_text = {"encoding": "utf-8", "errors": "backslashreplace", "buffering": 1}
     failed = 0
-    try:
+    with open(out / "results.csv", "a", **as_text) as table, \
+            open(out / "report.html", "a", **as_text) as report:
+        rows = csv.DictWriter(table, HEADER.split(","), lineterminator="\n")
+        for file, start in ((table, HEADER + "\n"), (report, REPORT)):
+            if file.tell() == 0:
+                file.write(start)
         for path in paths:
-            name = names[str(path)]
-            row = answer(model, path, out, name, args.raw)
-            rows[str(path)] = row
+            readable = os.fsencode(path).decode("utf-8", "backslashreplace")
+            row = {"path": readable, "model": name, "error": ""}
+            base = answer(model, path, row, out, owners)
+            rows.writerow(row)                       # line buffering: on the disk at once
+            report.write(figure(row, base))
             if row["error"]:
                 failed += 1
-                print(f"error: {path}: {row['error']}", file=sys.stderr)
-            if args.json:
-                print(json.dumps(row), flush=True)
-            elif not row["error"]:
-                print(f"{path}  {row['decision']}  score {row['score']:.2f}  {row['area']:.0%} "
-                      f"marked  -> {out / name}_overlay.png", flush=True)
-    finally:                                         # Ctrl-C too: what is done is kept
-        with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows.values())
-        write_report(out, rows.values(), names, args.checkpoint or clip.TINY)
-
-    print(f"{len(paths) - failed} of {len(paths)} pictures done: {out / 'report.html'}, "
-          f"{out / 'results.csv'}", file=sys.stderr)
+                print(f"error: {readable}: {row['error']}", file=sys.stderr)
+            else:
+                print(f"{readable}  {row['decision']}  score {row['score']:.2f}  {row['area']:.0%} "
+                      f"marked  -> {base}_overlay.png", flush=True)
+    print(f"{len(paths) - failed} of {len(paths)} done: {out}/report.html", file=sys.stderr)
     return 1 if failed else 0
 
 
-def parse(arguments=None):
-    """The command line. Exits with status 2 on what it does not know."""
-    parser = argparse.ArgumentParser(description="Is a picture manipulated, and where?",
-                                     allow_abbrev=False)
-    parser.add_argument("paths", nargs="+", metavar="PATH",
-                        help="files, folders, globs, - for a list on standard input")
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="of train.py (default: the shipped weights/tiny.pt)")
-    parser.add_argument("--out", metavar="DIR", default="out", help="(default out)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("--raw", action="store_true", help="a map that is not smoothed")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="auto: bf16 where the hardware has it")
-    return parser.parse_args(arguments)
-
-
 def main(arguments=None):
-    args = parse(arguments)
+    """The command line -> exit status."""
+    parser = argparse.ArgumentParser(description="Find manipulated regions.", allow_abbrev=False)
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="files and folders")
+    parser.add_argument("--checkpoint", help="of train.py (default: the shipped weights/tiny.pt)")
+    parser.add_argument("--out", metavar="DIR", default="out", help="(default out)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--precision", default="auto",
+                        help="auto (bf16 where the hardware supports it), bf16, fp32")
     try:
-        model = SAPL.load(args.checkpoint, args.device, args.precision)
-        if not args.checkpoint:
-            print(f"note: {SHIPPED}{CAUTION}", file=sys.stderr)
-        return run(model, args)
+        return run(parser.parse_args(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -330,4 +363,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(main())

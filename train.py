@@ -1,230 +1,271 @@
 """Train SAPL from pictures that carry one label each, genuine or manipulated; masks are never read.
 
     python train.py --data FOLDER            au/ and tp/ inside, or a list of pictures and labels
-    python train.py --synthesize PHOTOS      genuine photos; the manipulations are made on the way
-    python train.py .. --resume              goes on after the last whole epoch, as if never stopped
+    python train.py --data PHOTOS            genuine photos alone: the splices are self-made
+    python train.py --out RUN --resume       continues after the last finished epoch
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
 Writes into --out after each epoch: last.pt (to resume), best.pt (for infer.py), log.csv.
-Reading order: settings, pictures, model, loss, validation and log, state of a run, loop (`train`).
+
+What is learned from what:
+- An image label says *whether* a picture was manipulated. It trains the score [abstract].
+- A genuine label says more: *every* pixel is genuine. So a part of one genuine picture pasted into
+  another is manipulated, pixel by pixel, by construction. Such splices train the map; no mask drawn
+  by a person is read [ours; after CutPaste, Li et al. 2021, and Cut, Paste and Learn, Dwibedi et al.
+  2017]. With --splices 0 image labels alone train, as in the abstract.
+
+Three lessons about weak labels shape the code:
+1. One view. Traces die when a picture is resampled, so training, validation and inference see the
+   same native pixels (data.view), and the score of a held-out picture is the one infer.py gives.
+2. A window inherits the label of its picture, although it can miss the manipulated region.
+   `data.TrainingSet` says what that costs.
+3. Compression tells the classes of many sets apart. So both are re-compressed, blurred and made
+   noisy alike, whatever their label (`synthesis.wear`).
+
+Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> the loop.
 """
 import argparse
 import csv
-import dataclasses
+import io
 import math
 import os
+import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
-from torch.utils.data import DataLoader
+if __name__ == "__main__":                    # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import clip
-import data
-import ecpl
-import infer
-from hecl import HECL
-from weights import synthesis
+import numpy as np                                                       # noqa: E402
+import torch                                                             # noqa: E402
+import torch.distributed as dist                                         # noqa: E402
+import torch.nn as nn                                                    # noqa: E402
+import torch.nn.functional as F                                          # noqa: E402
+from PIL import Image                                                    # noqa: E402
+from torch.utils.data import DataLoader                                  # noqa: E402
+
+import clip                                                              # noqa: E402
+import data                                                              # noqa: E402
+import ecpl                                                              # noqa: E402
+import infer                                                             # noqa: E402
+from data import BadInput                                                # noqa: E402
+from hecl import HECL                                                    # noqa: E402
+from weights import synthesis                                            # noqa: E402
 
 
 # -------------------------------------------------------------------------------------- settings
 
-def option(default, text, choices=None, least=None, most=None):
-    """A setting: its default, its help text and the values that it may have."""
-    metadata = {"help": text, "choices": choices, "least": least, "most": most}
-    return dataclasses.field(default=default, metadata=metadata)
+# Every number is ours.
+SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
+HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
+FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
+LEAST = {"batch": 2, "splices": 0, "epochs": 1, "zoom": 1, "window": 16, "lora_rank": 0, "lr": 0,
+         "hecl": 0, "workers": 0, "seed": 0}
 
 
-@dataclasses.dataclass
-class Config:
-    """All settings of a run, and the command line. Every value is ours."""
-    data: str = option("", "pictures with labels: folder with au/ and tp/, or list file")
-    synthesize: str = option("", "instead of --data: folder of genuine photos")
-    out: str = option("runs/sapl", "folder of the run")
-    resume: bool = option(False, "go on with the run in --out")
-    # pictures
-    size: int = option(128, "side of the training crops, pixels", least=16)
-    count: int = option(3200, "pictures an epoch with --synthesize, half of them genuine", least=2)
-    val: float = option(0.15, "share held out to choose and calibrate", least=0.01, most=0.9)
-    # model
-    clip: str = option("tiny", "start: tiny (the shipped SAPL), ViT-B/32, ViT-B/16, ViT-L/14, "
-                               "ViT-L/14@336px, a file of CLIP weights, or a checkpoint of SAPL")
-    context: int = option(8, "learned context tokens of a prompt", least=1)
-    rho: float = option(0.05, "share of the patches that make the image score", least=0, most=1)
-    zoom: int = option(1, "enlarge pictures so many times for the tower: finer maps, more work")
-    max_side: int = option(512, "longest side of a picture at inference, pixels", least=16)
-    window: int = option(256, "side of the windows to judge in, pixels; 0 = as a whole", least=0)
-    lora_rank: int = option(0, "rank of LoRA; 0: CLIP stays as it is", least=0)
-    lora_share: float = option(0.25, "share of the blocks with LoRA, the last", least=0, most=1)
-    # loss
-    hecl: float = option(0.1, "weight of the edge contrastive loss; 0 = off", least=0)
-    hecl_queue: int = option(1024, "features in each of its queues; 0 = the batch alone", least=0)
-    hecl_tau: float = option(0.1, "its temperature", least=0.001)
-    hecl_share: float = option(0.4, "share of the patches that are edge patches", least=0, most=1)
-    hecl_top: int = option(4, "edge patches of a kind taken of a picture", least=1)
-    # training
-    epochs: int = option(5, "passes over the training pictures", least=1)
-    batch: int = option(32, "pictures a step, of all processes together", least=2)
-    lr: float = option(5e-4, "learning rate", least=0)
-    seed: int = option(0, "of everything random", least=0)
-    device: str = option("auto", "auto, cpu, cuda, mps")
-    precision: str = option("auto", "auto: bf16 if the hardware has it", ("auto", "bf16", "fp32"))
-    workers: int = option(2, "processes that load pictures, for each training process", least=0)
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="folder with au/ and tp/, list, or folder of genuine photos")
+    add("--out", default="runs/sapl", help="folder of the run")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--val", type=float, default=0.15, help="fraction of the pictures held out")
+    add("--clip", default="tiny", help="start: tiny (the shipped SAPL), ViT-B/16 or another "
+        "official CLIP, a file of CLIP weights, or a checkpoint of SAPL")
+    add("--zoom", type=int, help="enlarge pictures for the tower (None: by the start)")
+    add("--window", type=int, help="side of what the tower sees, pixels (None: by the start)")
+    add("--lora-rank", type=int, help="rank of LoRA, 0: CLIP stays frozen (None: by the start)")
+    add("--splices", type=int, default=16, help="self-made splices a step")
+    add("--hecl", type=float, default=0.1, help="weight of HECL, 0: off")
+    add("--epochs", type=int, default=5, help="passes over the pictures")
+    add("--batch", type=int, default=32, help="labelled pictures a step")
+    add("--lr", type=float, default=5e-4, help="learning rate")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--precision", default="auto", help="auto (bf16 if the hardware has it), bf16, fp32")
+    add("--workers", type=int, default=2, help="processes that load pictures")
+    return parser
 
 
-MODEL = ("levels", "context", "rho", "zoom", "max_side", "window")   # a SAPL checkpoint has its own
-FREE = ("out", "resume", "epochs", "device", "workers")  # may change on --resume
-WARMUP = 0.05            # ours: share of the training in which learning rate and HECL rise from 0
+def check(args):
+    """Raise BadInput for a setting that makes no sense."""
+    if not args.data:
+        raise BadInput("found no --data, expected a folder or list of pictures: name it")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not value >= least:
+            raise BadInput(f"found {flag(name)} {value}, expected at least {least}")
+    if not 0 < args.val < 1:
+        raise BadInput(f"found --val {args.val}, expected a number between 0 and 1")
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parse(arguments=None):
-    """Words of the command line -> {setting: value} of those given; exits with 2 on others."""
-    parser = argparse.ArgumentParser(prog="train.py", allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     description=__doc__.split("\n\n")[0])
-    for field in dataclasses.fields(Config):
-        name = flag(field.name)
-        text = field.metadata["help"]
-        if field.type is not bool and field.default != "":
-            text += f" (default {field.default})"
+def resume(args):
+    """The settings of the run in --out, with those that may change, and its last checkpoint."""
+    last = Path(args.out, "last.pt")
+    if not last.is_file():
+        raise BadInput(f"found no {last}, expected the last checkpoint of a run: leave --resume "
+                       "out to start one, or name its --out")
+    state = infer.load_checkpoint(last)
+    settings = argparse.Namespace(**state["settings"])
+    defaults = make_parser().parse_args([])
+    for name, value in vars(args).items():
+        if name in FREE and value != getattr(defaults, name):
+            setattr(settings, name, value)
+        elif value not in (getattr(defaults, name), getattr(settings, name)):
+            raise BadInput(f"found {flag(name)} {value}, but the run in {args.out} has "
+                           f"{getattr(settings, name)}: leave it out")
 
-        if field.type is bool:
-            parser.add_argument(name, action="store_true", help=text)
-        else:
-            parser.add_argument(name, type=field.type, choices=field.metadata["choices"], help=text)
-    return vars(parser.parse_args(arguments))
-
-
-def check(config, given):
-    """Raise ValueError for a setting that makes no sense, or that would be ignored."""
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        least = field.metadata["least"]
-        most = field.metadata["most"]
-        if least is not None and not value >= least:
-            raise ValueError(f"found {flag(field.name)} {value}, expected at least {least}")
-        if most is not None and not value <= most:
-            raise ValueError(f"found {flag(field.name)} {value}, expected at most {most}")
-    if bool(config.data) == bool(config.synthesize):
-        raise ValueError("found both or none of --data and --synthesize, expected one: name it")
-
-    ignored = {}
-    if config.data:
-        ignored["count"] = "--data"
-    if config.lora_rank == 0:
-        ignored["lora_share"] = "--lora-rank 0"
-    if config.hecl == 0:
-        ignored |= dict.fromkeys(("hecl_queue", "hecl_tau", "hecl_share", "hecl_top"), "--hecl 0")
-    for name in given:
-        if name in ignored:
-            raise ValueError(f"found {flag(name)}, which {ignored[name]} ignores: leave it out")
+    done = len(state["history"])
+    if settings.epochs < done:
+        raise BadInput(f"found --epochs {settings.epochs}, but the run in {args.out} has done "
+                       f"{done}: try --epochs {2 * done}")
+    return settings, state
 
 
 # -------------------------------------------------------------------------------------- pictures
 
-def read_pictures(config):
-    """Pictures of the training and of the validation part, no scene in both: two lists."""
-    source = config.data or config.synthesize
-    pictures, report = data.read_set(source, masks=False, decode=True)
-    if config.synthesize:            # a folder of photos, or the genuine ones of a labelled set
-        pictures = [p._replace(label=0) for p in pictures if p.label != 1]
-    else:
-        pictures = [p for p in pictures if p.label is not None]
+def read_pictures(args, held_out):
+    """Pictures to train on and pictures held out, no scene in both: two lists.
 
+    held_out: the paths that an earlier part of this run held out, or None.
+    """
+    pictures, report = data.read_set(args.data, masks=False, decode=True)
     for problem in report.problems:
-        if config.data or problem.startswith("bad file"):
-            print(f"note: {problem}", file=sys.stderr)
-    train, val = data.split(pictures, config.val, config.seed)
+        print(f"note: {problem}", file=sys.stderr)
+    # a folder without labels is taken as genuine photos
+    pictures = [p._replace(label=p.label or 0) for p in pictures]
 
-    for part, name in ((train, "train"), (val, "validate")):
-        for label, word in enumerate(ecpl.CLASSES):
-            count = len([p for p in part if p.label == label])
-            if count == 0 and (label == 0 or config.data):
-                raise ValueError(f"found no {word} picture to {name} in {source} ({len(part)} "
-                                 "in that part), expected some: add pictures, or change --val")
+    if held_out is None:
+        train, val = data.split(pictures, args.val, args.seed)
+    else:
+        train = [p for p in pictures if str(p.path) not in held_out]
+        val = [p for p in pictures if str(p.path) in held_out]
+        missing = len(held_out) - len(val)
+        if missing:
+            print(f"note: {missing} held-out pictures of this run are gone from {args.data}",
+                  file=sys.stderr)
+
+    labels = {p.label for p in pictures}
+    if labels == {0} and args.splices == 0:
+        raise BadInput(f"found no manipulated picture in {args.data}, expected some for "
+                         "--splices 0: add pictures, or leave --splices out")
+    for part, name in ((train, "to train on"), (val, "to hold out")):
+        for label in {0} | labels:
+            if label not in {p.label for p in part}:
+                raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data} "
+                                 f"({len(part)} pictures), expected some: add pictures or change "
+                                 "--val")
     return train, val
 
 
-def make_sets(config, train, val):
-    """Training and validation set of these pictures: paths and labels only, no way to a mask."""
-    common = {"size": config.size, "seed": config.seed}
-    if config.data:
-        train = [(p.path, p.label) for p in train]
-        val = [(p.path, p.label) for p in val]
-        return data.TrainingSet(train, **common), data.TrainingSet(val, augment=False, **common)
+def validation_pictures(held_out, window):
+    """What validation judges: [(path or PIL RGB picture, label)].
 
-    train = [p.path for p in train]
-    val = [p.path for p in val]
-    count = config.count // 2 * 2
-    few = max(32, min(512, int(config.val * count) // 2 * 2))
-    return (synthesis.PairSet(train, count=count, **common),
-            synthesis.PairSet(val, count=few, **common))
+    Where no held-out picture is manipulated, up to 100 of them are spliced, always alike.
+    """
+    if any(p.label == 1 for p in held_out):
+        return [(p.path, p.label) for p in held_out]
+    windows = data.TrainingSet(held_out, max_side=data.MAX_PIXELS, cell=1, window=window, seed=0)
+    photos = [windows[i][0] for i in range(min(100, len(windows)))]
+    photos = torch.stack(photos).float()                                       # (n, 3, S, S)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = synthesis.splice(photos, photos.roll(1, 0), np.random.default_rng(0))
+    found = [(image, 0) for image in photos] + [(image, 1) for image in made.image[made.seen]]
+    return [(Image.fromarray(image.byte().movedim(0, 2).numpy()), label) for image, label in found]
 
 
-def batches(labels, config, epoch):
-    """The order of an epoch, from (seed, epoch) alone: indices (steps, batch). The two of a
-    synthetic pair lie in one batch."""
-    rng = np.random.default_rng((config.seed, epoch))
-    order = rng.permutation(len(labels))
-    if config.synthesize:
-        pairs = order[order % 2 == 0]
-        order = np.stack([pairs, pairs + 1], axis=1).flatten()                   # pair after pair
+def plan_epoch(count, genuine, args, rng):
+    """The order of an epoch: indices (steps, batch + splices) into the training set.
 
-    steps = len(order) // config.batch
-    if steps == 0:
-        raise ValueError(f"found {len(order)} pictures to train, expected at least --batch "
-                         f"{config.batch}: add some, or lower --batch")
-    return order[:steps * config.batch].reshape(steps, config.batch)
+    The last of each row are genuine pictures to splice, at random. Their numbers lie above
+    `count`, where `data.TrainingSet` draws other windows of the same pictures.
+    """
+    steps = count // args.batch
+    labelled = rng.permutation(count)[:steps * args.batch].reshape(steps, args.batch)
+    spliced = count + rng.choice(genuine, (steps, args.splices))
+    return np.concatenate([labelled, spliced], axis=1)               # (steps, batch + splices)
+
+
+@torch.no_grad()
+def make_batch(windows, labels, splices, cell, rng):
+    """Splice the last `splices` windows, then wear all alike.
+
+    windows (B, 3, S, S) uint8, labels (B,) -> image (B, 3, S, S) in [0, 1], labels (B,), truth
+    (B, N): 1 where a patch is manipulated, 0 where it is genuine, -1 where nobody knows.
+    """
+    images = windows.float()
+    B, _, S, _ = images.shape
+    n = B - splices
+    # what labels know: every patch of a genuine picture is genuine
+    truth = -labels[:, None].repeat(1, (S // cell) ** 2)                       # (B, N)
+
+    if splices > 0:
+        photo = synthesis.older_jpeg(images[n:], rng)
+        made = synthesis.splice(photo, photo.roll(1, 0), rng)
+        seen = made.seen[:, None, None, None]                                  # (splices, 1, 1, 1)
+        images[n:] = torch.where(seen, made.image, photo)
+        labels = torch.cat([labels[:n], made.seen.long()])                     # (B,)
+        inside = F.avg_pool2d(made.region, cell).flatten(1)                    # (splices, N)
+        inside = inside * made.seen[:, None]
+        # patches on the border hold both: they are left out
+        known = torch.where(inside > 0.5, 1, torch.where(inside < 0.05, 0, -1))
+        truth = torch.cat([truth[:n], known])                                  # (B, N)
+    return synthesis.wear(images, rng) / 255, labels, truth
 
 
 # ----------------------------------------------------------------------------------------- model
 
-def is_sapl(name):
-    """Whether --clip names a checkpoint of SAPL, not a CLIP."""
-    try:
-        with warnings.catch_warnings(action="ignore"):   # torch's word on OpenAI's archives
-            return name == "tiny" or "format" in torch.load(name, "cpu", weights_only=True)
-    except Exception:            # the name of a CLIP, an archive of OpenAI, or no file at all
-        return False
+def make_model(args):
+    """A new SAPL around a CLIP, or one that continues a checkpoint of SAPL.
+
+    The defaults that depend on the start are all here.
+    """
+    torch.manual_seed(args.seed)
+    start = clip.TINY if args.clip == "tiny" else args.clip
+    if infer.is_checkpoint(start):
+        return continue_from(infer.load(start, "cpu", "fp32"), args)
+
+    # OpenAI's towers never learned to see traces. So LoRA adapts them [digest], and pictures are
+    # enlarged until a patch covers about 8 of their pixels. Our own tower, the one with a stem, was
+    # pretrained on traces and stays frozen.
+    tower = clip.load(args.clip)
+    patch = tower.visual.patch_size
+    plain = tower.visual.stem is None
+    config = SIZES | {"clip": args.clip, "zoom": args.zoom, "lora_rank": args.lora_rank}
+    if args.zoom is None:
+        config["zoom"] = max(zoom for zoom in (1, 2, 4) if patch % zoom == 0 and patch >= 7 * zoom)
+    if args.lora_rank is None:
+        config["lora_rank"] = 8 if plain else 0
+    cell = patch // config["zoom"]
+    config["window"] = args.window or 256 // cell * cell
+
+    depth = len(tower.visual.transformer.resblocks)
+    thirds = {max(1, depth // 3), max(1, 2 * depth // 3), depth}
+    return ecpl.SAPL(tower, config | {"levels": sorted(thirds)})                 # ours: thirds
 
 
-def make_model(config, given):
-    """A new SAPL around a CLIP, or one that goes on from a checkpoint of SAPL."""
-    torch.manual_seed(config.seed)
-    settings = dataclasses.asdict(config)
-
-    if not is_sapl(config.clip):
-        tower = clip.load(config.clip)
-        depth = len(tower.visual.transformer.resblocks)
-        thirds = {max(1, depth // 3), max(1, 2 * depth // 3), depth}
-        settings["levels"] = sorted(thirds)              # ours
-        return ecpl.SAPL(tower, settings)
-
-    old = ecpl.SAPL.load(None if config.clip == "tiny" else config.clip, device="cpu")
-    for name in MODEL:
-        if name in given:
-            raise ValueError(f"found {flag(name)}, but --clip {config.clip} keeps its own "
-                             f"({old.config[name]}): leave it out, or start from a CLIP")
-        settings[name] = old.config[name]
-
+def continue_from(old, args):
+    """A SAPL with the weights of another. LoRA's changes are merged into its CLIP."""
+    for name in ("zoom", "window"):
+        if getattr(args, name) not in (None, old.config[name]):
+            raise BadInput(f"found {flag(name)} {getattr(args, name)}, but --clip {args.clip} keeps "
+                           f"its own ({old.config[name]}): leave it out, or start from a CLIP")
     if old.config["lora_rank"] > 0:
         clip.merge_lora(old.clip)
         old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
-    settings["clip"] = old.clip.name
-    own = {key: x for key, x in old.state_dict().items() if not ecpl.is_backbone(key)}
-    model = ecpl.SAPL(old.clip, settings)
-    model.load_state_dict(own, strict=False)         # CLIP is in it already, LoRA starts anew
-    model.map_shift.zero_()                          # calibrated anew in the end
+    changed = {"clip": old.clip.name, "lora_rank": args.lora_rank or 0}
+    model = ecpl.SAPL(old.clip, old.config | changed)
+    own = {key: x for key, x in old.state_dict().items() if not infer.is_backbone(key)}
+    model.load_state_dict(own, strict=False)             # CLIP is in it already, LoRA starts anew
+    model.map_shift.zero_()                              # calibrated again at the end
     model.score_shift.zero_()
     return model
 
@@ -232,95 +273,90 @@ def make_model(config, given):
 # ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
-    """The model with its losses: entropy + weight * HECL. Entropy: the image label's, and that of
-    the picture's less suspicious half against "genuine" [ours]."""
+    """The model with its losses. balance: weight of a manipulated label against a genuine one."""
 
     def __init__(self, model, hecl, weight, balance):
         super().__init__()
         self.model = model
         self.hecl = hecl
         self.weight = weight
-        self.register_buffer("balance", torch.tensor(balance))    # both classes weigh the same
+        self.register_buffer("balance", torch.tensor(balance))
 
-    def forward(self, image, labels, ramp):
-        """image (B, 3, H, W) in [0, 1], labels (B,), ramp of HECL -> (3,): sum, entropy, HECL."""
+    def forward(self, image, labels, truth, ramp):
+        """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N), ramp of HECL in [0, 1] -> (4,):
+        their weighted sum, label loss, patch loss, HECL."""
         output = self.model(image)
+        logits = output.logits.flatten(1).float()                              # (B, N)
+        is_splice = (labels == 1) & (truth >= 0).any(dim=1)                    # (B,)
 
-        entropy = F.binary_cross_entropy_with_logits(output.score.float(), labels.float(),
-                                                     pos_weight=self.balance)
-        # taken for granted: at least half of any picture is genuine. Without it all patches of a
-        # manipulated one may rise, as each can see the others (see weights/README.md)
-        logits = output.logits.flatten(1).float()                                # (B, N)
-        half = -ecpl.pool_score(-logits, 0.5)                                    # (B,)
-        entropy = entropy + F.softplus(half).mean()
-        contrast = torch.zeros_like(entropy)
+        # Whether: image label against score. Without it the score knows splices, but not the
+        # manipulations of the training set.
+        label_loss = F.binary_cross_entropy_with_logits(
+            output.score.float(), labels.float(), pos_weight=self.balance)
+
+        # Where: patches of splices against what is known of them; both classes count the same.
+        # Without it the map hardly learns: a label does not say which patches earned it.
+        inside = (truth == 1).float()                                          # (B, N)
+        outside = ((truth == 0) & is_splice[:, None]).float()                  # (B, N)
+        errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
+        patch_loss = (errors * inside).sum() / inside.sum().clamp(min=1)
+        patch_loss = patch_loss + (errors * outside).sum() / outside.sum().clamp(min=1)
+
+        # Alike: edge patches of one class against those of the other, in many pictures.
+        contrast = torch.zeros_like(label_loss)
         if self.weight > 0:
-            contrast = self.hecl(output.depths, output.edges, logits, labels)
+            contrast = self.hecl(output.depths, output.edges, logits, labels, truth)
 
-        return torch.stack([entropy + ramp * self.weight * contrast, entropy, contrast])
+        total = label_loss + patch_loss + ramp * self.weight * contrast
+        return torch.stack([total, label_loss, patch_loss, contrast])
 
 
-# ------------------------------------------------------------------------------ validation, log
+# ------------------------------------------------------------------------------------ validation
 
 def auc(values, labels):
-    """Chance that a value of label 1 lies above one of label 0, ties half: arrays (n,)."""
+    """Probability that a value of label 1 exceeds one of label 0, ties count half: arrays (n,)."""
     differences = values[labels == 1][:, None] - values[labels == 0]
     return float(0.5 + np.sign(differences).mean() / 2)
 
 
-@torch.no_grad()
-def validate(run, dataset):
-    """Loss and image AUC on held-out pictures, by their labels."""
-    loader = DataLoader(dataset, run.config.batch, num_workers=run.config.workers)
+def validate(model, pictures, rank, world):
+    """Score held-out pictures exactly as infer.py does -> image cross-entropy and AUC."""
+    model.eval()
     found = []
-    run.model.eval()
-    for image, label, _ in loader:
-        with run.model.autocast():
-            output = run.model(image.to(run.device))
-        found.append(torch.stack([label.float(), output.score.float().cpu()]))   # (2, B)
-    run.model.train()
+    for source, label in pictures[rank::world]:          # each process judges its share
+        picture = data.open_image(source) if isinstance(source, Path) else source
+        _, score = infer.logits_of(model, picture)
+        found.append((label, score.item()))
+    model.train()
 
-    labels, scores = torch.cat(found, dim=1)                                     # each (n,)
-    loss = F.binary_cross_entropy_with_logits(scores, labels)
-    return {"val_loss": loss.item(), "val_auc": auc(scores.numpy(), labels.numpy())}
-
-
-def log(history, out):
-    """Print the last epoch in one line; log.csv is made anew from all epochs."""
-    row = history[-1]
-    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    with open(Path(out, "log.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows(history)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
+        found = [row for part in parts for row in part]
+    labels, scores = np.array(found).T                                         # (n,) each
+    loss = np.logaddexp(0, np.where(labels == 1, -scores, scores)).mean()
+    return {"val_label_loss": float(loss), "val_auc": auc(scores, labels)}
 
 
 def best_of(history):
-    """The row of the best epoch: by image labels of held-out pictures alone."""
-    return max(history, key=lambda row: (row["val_auc"], -row["val_loss"]))
-
-
-def worn(path, rng):
-    """A picture as it may reach people, resized and degraded as in training -> PIL RGB."""
-    picture = data.open_image(path)
-    scale = rng.uniform(0.5, 1.25)
-    size = (round(scale * picture.width), round(scale * picture.height))
-    return data.degrade(picture, size, rng)
+    """The row of the best epoch, by image labels of held-out pictures alone."""
+    return max(history, key=lambda row: (row["val_auc"], -row["val_label_loss"]))
 
 
 def calibrate(model, genuine):
-    """Shift map and score of an infer.SAPL: of these genuine pictures (paths) at most 7 % of the
-    pixels, and at most 10 % of the pictures, lie above 0.5 then, when `worn` [ours]."""
-    rng = np.random.default_rng(0)
+    """Shift map and score so that 0.5 is the operating point: 7 % of the pixels of these genuine
+    pictures (paths), and 10 % of the pictures, lie above it [ours]."""
+    model.eval()
     pixels = []
     scores = []
     for path in genuine:
         try:
-            map, score = model.logits_of(worn(path, rng))
-        except ValueError:
-            continue                             # too small to judge
+            map, score = infer.logits_of(model, data.open_image(path))
+        except BadInput as error:                        # too small to judge
+            print(f"note: not used to calibrate: {path}: {error}", file=sys.stderr)
+            continue
         scores.append(score.item())
-        # 200 of its pixels, spread evenly over its values: all pictures weigh the same
+        # 200 quantiles of each picture, so that all pictures count the same
         pixels.append(np.quantile(map.numpy(), np.arange(1, 201) / 200, method="higher"))
 
     if len(scores) < 20:
@@ -331,48 +367,85 @@ def calibrate(model, genuine):
         model.score_shift.fill_(float(np.quantile(scores, 0.9, method="higher")))
 
 
-# ------------------------------------------------------------------------------------ a run's state
+# ----------------------------------------------------------------------------------- checkpoints
 
-def settings_of(given):
-    """{setting: value} from the command line -> (Config, checkpoint to go on from or None)."""
-    config = Config(**given)
-    out = Path(config.out)
-    last = out / "last.pt"
-    for path in (out, *out.parents):
-        if path.is_file():
-            raise ValueError(f"found a file, {path}, expected a folder: choose another --out")
-    if not config.resume:
-        if last.exists():
-            raise ValueError(f"found a run in {out}, expected an empty folder: add --resume, or "
-                             "choose another --out")
-        check(config, given)
-        return config, None
+def save_checkpoint(path, model, **state):
+    """Write SAPL and `state` (tensors and plain types) to a temporary file, then rename it, so that
+    an interruption leaves the previous file intact. An official CLIP is stored by name and hash.
+    Raises OSError of one line."""
+    own = {}
+    backbone = {}
+    for key, value in model.state_dict().items():
+        if infer.is_backbone(key):
+            backbone[key.removeprefix("clip.")] = value.cpu()                  # OpenAI's names
+        else:
+            own[key] = value.cpu()
+    if model.clip.name in clip.OFFICIAL:
+        backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
+    content = {"format": infer.FORMAT, "config": model.config, "clip": backbone, "model": own}
+    buffer = io.BytesIO()
+    torch.save(content | state, buffer)
 
-    if not (last.exists() and (out / "best.pt").exists()):
-        raise ValueError(f"found no last.pt and best.pt in {out}, expected those of a run for "
-                         "--resume: leave that out to start, or name its --out")
-    state = ecpl.load_checkpoint(last)
-    own = state.get("settings", {})
-    if set(own) != set(vars(config)):
-        raise ValueError(f"found {last}, which holds no training of this version, expected one: "
-                         "start anew")
-    for name, value in given.items():
-        if name not in FREE and value != own[name]:
-            raise ValueError(f"found {flag(name)} {value}, but the run in {out} has {own[name]}: "
-                             "leave it out, or start anew")
+    part = Path(f"{path}.part")
+    try:
+        part.write_bytes(buffer.getbuffer())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}); the previous one is intact: make "
+                      "room, then continue with --resume") from error
 
-    config = Config(**own | given)
-    check(config, ())
-    done = len(state["history"])
-    if config.epochs < done:
-        raise ValueError(f"found --epochs {config.epochs}, but the run in {out} has done {done}, "
-                         f"expected more: --epochs {2 * done}")
-    return config, state
+
+def open_folder(args):
+    """Make the folder of a run; BadInput or OSError if it is taken or cannot be written."""
+    out = Path(args.out)
+    if (out / "last.pt").exists() and not args.resume:
+        raise BadInput(f"found a run in {out}, expected an empty folder: add --resume, or choose "
+                         "another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "write.test").touch()
+        (out / "write.test").unlink()
+    except OSError as error:
+        raise OSError(f"cannot write into {out} ({error.strerror}): choose another --out") from None
+
+
+def write_log(history, out):
+    """Print the last epoch in one line; write log.csv from all epochs."""
+    row = history[-1]
+    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+    with open(Path(out, "log.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+def learning_rate(done):
+    """Learning-rate multiplier after a fraction `done` of training.
+
+    It ends at a tenth, not at zero. A run that --resume --epochs prolongs continues with the rate
+    that the longer schedule has at this point, which is higher.
+    """
+    # 1) linear warm-up
+    if done < 0.05:
+        return done / 0.05
+    # 2) cosine decay to a tenth
+    return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done))
+
+
+def make_optimizer(weights, lr):
+    """AdamW; weight decay for matrices alone, not for biases, gains and temperatures."""
+    matrices = [p for p in weights if p.ndim >= 2]
+    others = [p for p in weights if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr)
 
 
 def connect(name):
-    """(device, number of this process, how many there are): torchrun's, or one on its own."""
-    device = ecpl.pick_device(name)
+    """(device, rank of this process, number of processes): torchrun's, or one on its own."""
+    device = infer.pick_device(name)
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "cuda":
@@ -383,26 +456,50 @@ def connect(name):
 
 
 class Run:
-    """What a training consists of and saves as a whole: a resumed run is the same run."""
+    """What a training consists of. Everything that can be wrong with a call is found here, in one
+    line (BadInput or OSError), before the first step."""
 
-    def __init__(self, config, state, given):
-        self.config = config
-        self.device, self.rank, self.world = connect(config.device)
+    def __init__(self, args, state):
+        open_folder(args)
+        check(args)
+        self.args = args
+        self.device, self.rank, self.world = connect(args.device)
+        for name in ("batch", "splices"):
+            if getattr(args, name) % self.world:
+                raise BadInput(f"found --{name} {getattr(args, name)}, expected a multiple of "
+                                 f"the number of processes, {self.world}")
+
+        # model
         if state:
-            self.model = ecpl.SAPL.load(Path(config.out, "last.pt"), "cpu")
+            model = infer.load(Path(args.out, "last.pt"), self.device, args.precision)
         else:
-            self.model = make_model(config, given)
-        self.model = self.model.to(self.device).train()
-        self.model.dtype = ecpl.pick_dtype(config.precision, self.device)
+            model = make_model(args).to(self.device)
+            model.dtype = infer.pick_dtype(args.precision, self.device)
+        self.model = model.train()
+        self.window = model.config["window"]
+        if self.window % model.cell:
+            raise BadInput(f"found --window {self.window}, expected a multiple of the patch, "
+                             f"{model.cell} pixels")
 
-        D = self.model.clip.visual.proj.shape[1]
-        self.hecl = HECL(levels=len(self.model.config["levels"]), width=D, dim=64,       # ours: 64
-                         queue=config.hecl_queue, tau=config.hecl_tau, share=config.hecl_share,
-                         top=config.hecl_top).to(self.device).requires_grad_(config.hecl > 0)
-        weights = [*self.model.parameters(), *self.hecl.parameters()]
-        self.weights = [p for p in weights if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=0.02, fused=True)  # ours
-        self.history = []                                        # one row an epoch
+        # pictures
+        held_out = state["held_out"] if state else None
+        pictures, self.held_out = read_pictures(args, held_out)
+        if len(pictures) < args.batch:
+            raise BadInput(f"found {len(pictures)} pictures to train on, expected at least "
+                             f"--batch {args.batch}: add some, or lower --batch")
+        self.train_set = data.TrainingSet(pictures, max_side=model.config["max_side"],
+                                          cell=model.cell, window=self.window, seed=args.seed)
+        self.labels = np.array([p.label for p in pictures])
+        self.val_set = validation_pictures(self.held_out, self.window)
+
+        # losses and optimizer
+        D = model.clip.visual.proj.shape[1]
+        self.hecl = HECL(levels=len(model.config["levels"]), width=D, **HECL_SIZES)
+        self.hecl = self.hecl.to(self.device).requires_grad_(args.hecl > 0)
+        parameters = [*model.parameters(), *self.hecl.parameters()]
+        self.weights = [p for p in parameters if p.requires_grad]
+        self.optimizer = make_optimizer(self.weights, args.lr)
+        self.history = []                                        # one row per epoch
         if state:
             self.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -413,59 +510,42 @@ class Run:
         self.history.append(row)
         if self.rank > 0:
             return
-        out = self.config.out
+        out = self.args.out
         if best_of(self.history) is row:
-            ecpl.save_checkpoint(Path(out, "best.pt"), self.model)
-        ecpl.save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
-                             settings=dataclasses.asdict(self.config),
-                             hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
-        log(self.history, out)
+            save_checkpoint(Path(out, "best.pt"), self.model)
+        save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
+                        held_out=[str(p.path) for p in self.held_out], settings=vars(self.args),
+                        hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
+        write_log(self.history, out)
 
 
-def check_sizes(config, model, processes=1):
-    """Raise ValueError for sizes that do not fit the model, or the processes."""
-    unit = math.lcm(2, processes)
-    if config.batch % unit:
-        raise ValueError(f"found --batch {config.batch}, expected a multiple of {unit}, of 2 and "
-                         "of the number of processes")
-    p = model.cell
-    if config.size % p:
-        raise ValueError(f"found --size {config.size}, expected a multiple of the patch, {p} "
-                         f"pixels: try --size {max(p, config.size // p * p)}")
-    if 0 < config.window < p:
-        raise ValueError(f"found --window {config.window}, expected 0 or at least the patch, {p}")
+def train_epoch(run, objective, epoch):
+    """One pass over the pictures -> its mean losses: total, label, patch, HECL."""
+    args = run.args
+    run.train_set.epoch = epoch
+    rng = np.random.default_rng((args.seed, epoch))
+    genuine = np.flatnonzero(run.labels == 0)
+    plan = plan_epoch(len(run.labels), genuine, args, rng)
+    parts = np.split(plan, [args.batch], axis=1)         # each process takes its share of both
+    own = np.concatenate([part[:, run.rank::run.world] for part in parts], axis=1)
+    loader = DataLoader(run.train_set, batch_sampler=own.tolist(), num_workers=args.workers)
 
-
-# ------------------------------------------------------------------------------------------ loop
-
-def learning_rate(done):
-    """What of the full learning rate holds at a share `done` of the training."""
-    if done < WARMUP:
-        return done / WARMUP
-    return 0.5 + 0.5 * math.cos(math.pi * done)
-
-
-def train_epoch(run, objective, train_set, epoch):
-    """One pass over the pictures -> its mean losses: sum, entropy, HECL."""
-    config = run.config
-    train_set.epoch = epoch
-    plan = batches(train_set.labels, config, epoch)                              # (steps, batch)
-    steps = len(plan)
-    parts = plan.reshape(steps, run.world, -1)           # of each batch, one for each process
-    own = parts[:, run.rank].tolist()
-    loader = DataLoader(train_set, batch_sampler=own, num_workers=config.workers)
-    total = torch.zeros(3, device=run.device)
-
-    for step, (image, labels, _) in enumerate(loader):
-        done = (epoch * steps + step + 1) / (config.epochs * steps)
+    rng = np.random.default_rng((args.seed, epoch, run.rank))
+    torch.manual_seed(int(rng.integers(2 ** 31)))        # of noise and colours
+    total = torch.zeros(4, device=run.device)
+    for step, (windows, labels) in enumerate(loader):
+        done = (epoch * len(plan) + step + 1) / (args.epochs * len(plan))
         for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate(done)
+            group["lr"] = args.lr * learning_rate(done)
 
+        # pictures
+        image, labels, truth = make_batch(windows.to(run.device), labels.to(run.device),
+                                          args.splices // run.world, run.model.cell, rng)
         # losses and gradients
         with run.model.autocast():
-            losses = objective(image.to(run.device), labels.to(run.device), min(1, done / WARMUP))
+            losses = objective(image, labels, truth, min(1, done / 0.05))
         losses[0].backward()
-        nn.utils.clip_grad_norm_(run.weights, 1.0)                               # ours: length 1
+        nn.utils.clip_grad_norm_(run.weights, 1.0)       # ours: length 1
 
         # update
         run.optimizer.step()
@@ -474,83 +554,77 @@ def train_epoch(run, objective, train_set, epoch):
 
     if run.world > 1:
         dist.all_reduce(total)
-    return (total / steps / run.world).tolist()
+    return (total / len(plan) / run.world).tolist()
 
 
-def train(config, state=None, given=()):
-    """Train as `config` says -> path of the best checkpoint, by image labels of held-out pictures.
-
-    state: the last.pt to go on from; given: the settings named by the user. Raises ValueError or
-    OSError with one line.
-    """
-    run = Run(config, state, given)
-    check_sizes(config, run.model, run.world)
-    pictures, held_out = read_pictures(config)
-    train_set, val_set = make_sets(config, pictures, held_out)
+def train(run):
+    """Train until `run` has all its epochs; calibrate the best checkpoint."""
+    args = run.args
     if run.rank == 0:
-        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        print(f"{len(train_set)} pictures to train, {len(val_set)} to validate; {trained:,} "
-              f"weights to train, {run.model.dtype} on {run.device} x {run.world}; from epoch "
-              f"{len(run.history) + 1}", flush=True)
-
-    balance = train_set.labels.count(0) / train_set.labels.count(1)
-    objective = Objective(run.model, run.hecl, config.hecl, balance).to(run.device)
+        trained = sum(p.numel() for p in run.weights)
+        print(f"{len(run.labels)} pictures to train on, {len(run.held_out)} held out (their paths "
+              f"are `held_out` in {args.out}/last.pt); {trained:,} weights to train, "
+              f"{run.model.dtype} on {run.device} x {run.world}", flush=True)
+    manipulated = (run.labels == 1).sum()
+    balance = (run.labels == 0).sum() / manipulated if manipulated else 1.0
+    objective = Objective(run.model, run.hecl, args.hecl, float(balance)).to(run.device)
     if run.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
 
-    for epoch in range(len(run.history), config.epochs):
+    for epoch in range(len(run.history), args.epochs):
         began = time.time()
-        loss, entropy, contrast = train_epoch(run, objective, train_set, epoch)
-        trained = len(train_set) // config.batch * config.batch      # the last few are left out
-        speed = trained / (time.time() - began)
-        row = {"epoch": epoch + 1, "loss": loss, "entropy": entropy, "hecl": contrast}
-        row |= validate(run, val_set)
-        if not math.isfinite(loss + row["val_loss"]):
-            raise ValueError(f"found loss {loss}, {row['val_loss']} in validation, in epoch "
-                             f"{epoch + 1}, expected numbers: lower --lr, start anew")
+        loss, label_loss, patch_loss, contrast = train_epoch(run, objective, epoch)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"found loss {loss} in epoch {epoch + 1}, expected a number: "
+                                     "lower --lr and start anew")
+        speed = len(run.labels) // args.batch * (args.batch + args.splices) / (time.time() - began)
+        row = {"epoch": epoch + 1, "loss": loss, "label_loss": label_loss,
+               "patch_loss": patch_loss, "hecl": contrast}
+        row |= validate(run.model, run.val_set, run.rank, run.world)
         row["pictures_per_s"] = speed
-        row["minutes_left"] = (config.epochs - epoch - 1) * (time.time() - began) / 60
+        row["minutes_left"] = (args.epochs - epoch - 1) * (time.time() - began) / 60
         run.end_epoch(row)
-
     if run.rank == 0:
-        finish(run, [picture.path for picture in held_out if picture.label == 0])
-    return Path(config.out, "best.pt")
+        finish(run)
 
 
-def finish(run, genuine):
+def finish(run):
     """Calibrate best.pt on held-out genuine pictures and say what comes next."""
-    config = run.config
-    best = Path(config.out, "best.pt")
-    model = infer.SAPL.load(best, run.device, config.precision)
-    calibrate(model, genuine)
-    ecpl.save_checkpoint(best, model)
+    best = Path(run.args.out, "best.pt")
+    model = infer.load(best, run.device, run.args.precision)
+    calibrate(model, [p.path for p in run.held_out if p.label == 0])
+    save_checkpoint(best, model)
     row = best_of(run.history)
     print(f"finished: the best is epoch {row['epoch']}, val_auc {row['val_auc']:.3f}; next: `"
           f"python infer.py PICTURES --checkpoint {best}`", flush=True)
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 0 done, 2 wrong call, 130 interrupted."""
-    given = parse(arguments)
+    """The command line; returns the exit status: 0 done, 2 stopped by an error, 130 interrupted."""
+    args = make_parser().parse_args(arguments)
     try:
-        config, state = settings_of(given)
-        train(config, state, given)
+        try:
+            args, state = resume(args) if args.resume else (args, None)
+            run = Run(args, state)
+        except (BadInput, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        train(run)
         return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        reason = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "found too little memory on the GPU: lower --batch, --splices or --window"
+        print(f"error: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: whole epochs are kept; if there is one, --resume goes on after it",
-              file=sys.stderr)
+        print("interrupted: finished epochs are kept; continue with --resume", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        print("error: found too little memory on the GPU, expected more: lower --batch, --size or "
-              "--zoom", file=sys.stderr)
-        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -1,39 +1,31 @@
-"""The shipped model's CLIP, pretrained to read editing histories. Run by hand; resumable.
+"""Pretrain the CLIP of the shipped model to read editing histories. Run by hand; resumable.
 
-    python weights/make.py --photos DIR [DIR ..] --out runs/tower [--teacher FILE] --minutes 8
-    python train.py --synthesize DIR --clip runs/tower/tower.pt     then SAPL, by image labels
+    python weights/make.py --photos SET [SET ..] --teacher deit_tiny_patch16_224-a1311bcf.pth
 
-Pictures are pasted together from genuine photos; each part has an editing history of its own, told
-in words ("manipulated, splice, quality 60, blurred"), so one picture gives hundreds of examples,
-its patches. No label and no mask of a person is used: the generator (pictures.py) knows what it
-did. All of it is ours; its neighbours: CLIM (regions of mosaics against their texts), Editprint
-(editing chains and their descriptions), Noiseprint++ and "Fighting Fake News" (one source or
-another).
+1. Distillation (only with --teacher): fresh weights learn to predict the teacher's tokens after
+   each block. The teacher sees pictures at double size, so its 16-pixel patches match our 8-pixel
+   ones. It is DeiT-Tiny (Touvron et al. 2021; Apache-2.0, github.com/facebookresearch/deit), from
+   https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth
+2. Regions: synthesis.py manipulates genuine photos. Each patch is compared with captions that tell
+   the editing history of every part ("manipulated, splice, quality 60, blurred"); a map separates
+   "manipulated" from "genuine"; patches of one source attract each other and repel all others. In
+   half of the batches the captions do not tell which part is pasted, and there is no map.
 
-1. Distillation (only with --teacher, a CLIP of image width 192 with 16-pixel patches): new weights
-   learn to predict the teacher's tokens after each block. The teacher sees each crop at double
-   size, so that our 8-pixel patches stand for its 16-pixel ones.
-2. Regions: patches are compared with the captions of their part; a map tells "manipulated" from
-   "genuine"; patches of one source attract, all others repel. In half of the batches (--told)
-   nobody says which part is pasted: histories alone in the captions, no map. Captions give it away
-   a little: only pasted parts are "smooth", and only there words come after a "quality".
-
-Every eighth photo of a folder is held out; half of these measure the progress (log.csv).
-For a GPU; on a processor give --pairs 12 and hours.
+No human label or mask is used; hold out photos for tests yourself. All of it is ours; related:
+CLIM (regions of mosaics against their texts), Editprint (editing chains and their descriptions),
+Noiseprint++. Meant for a GPU; on a CPU use --pairs 12 and expect hours.
 """
 import argparse
 import copy
-import csv
-import itertools
 import math
+import pickle
 import sys
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np                                              # noqa: E402 (path first)
 import torch                                                    # noqa: E402
@@ -42,529 +34,421 @@ import torch.nn.functional as F                                 # noqa: E402
 
 import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
-import pictures                                                 # noqa: E402
-import synthesis                                                # noqa: E402
-from ecpl import CLASSES, pick_device, pick_dtype, pool_score   # noqa: E402
-from pictures import send                                       # noqa: E402
-from train import auc                                           # noqa: E402
+from ecpl import CLASSES, pool_score                            # noqa: E402
+from infer import pick_device, pick_dtype                       # noqa: E402
+from weights import synthesis                                   # noqa: E402
 
-SIZES = dict(embed_dim=128, image_resolution=128, vision_layers=6, vision_width=192,
-             vision_patch_size=8, context_length=77, vocab_size=514, transformer_width=128,
-             transformer_layers=3, stem=(32, 96))
+SIZES = {                                # of the CLIP
+    "embed_dim": 128,
+    "image_resolution": 128,
+    "vision_layers": 6,
+    "vision_width": 192,
+    "vision_patch_size": 8,
+    "stem": (32, 96),
+    "context_length": 77,
+    "vocab_size": 514,                   # bytes
+    "transformer_width": 128,
+    "transformer_layers": 3}
 SIDES = (96, 160, 256)                   # of the pictures, pixels, in turn
-AT_ONCE = 8                              # batches that are made together
-CLASS_CAPTIONS = [(name,) for name in CLASSES]
+LEARNING_RATES = {"distil": 2e-3, "regions": 1e-3}
 
 
-# ---------------------------------------------------------------------------------------- losses
+# ---------------------------------------------------------------------------------------- photos
+
+def read_photos(sets, device):
+    """The genuine pictures of folders or lists, as tensors (3, H, W) of 0-255; small ones are left
+    out."""
+    photos = []
+    for path in sets:
+        for picture in synthesis.genuine_pictures(path):
+            pixels = np.asarray(data.open_image(picture.path))                   # (H, W, 3)
+            if min(pixels.shape[:2]) >= max(SIDES):
+                photo = torch.tensor(pixels, device=device)
+                photos.append(photo.movedim(2, 0))                               # (3, H, W)
+    if not photos:
+        raise ValueError(f"found no photo of {max(SIDES)} pixels or more in {', '.join(sets)}, "
+                         "expected hundreds: name other sets")
+    return photos
+
+
+def windows(photos, n, side, rng):
+    """Random squares of random photos at native pixels: (n, 3, side, side) of 0-255."""
+    found = []
+    for number in rng.integers(len(photos), size=n):
+        _, H, W = photos[number].shape
+        y = rng.integers(H - side + 1)
+        x = rng.integers(W - side + 1)
+        found.append(photos[number][:, y:y + side, x:x + side])
+    return torch.stack(found).float()
+
+
+# -------------------------------------------------------------------------------- 1. distillation
+
+NAMES = {                                # DeiT's -> those of torch's block
+    "patch_embed.proj": "patch_embed",
+    "attn.qkv.": "self_attn.in_proj_",
+    "attn.proj": "self_attn.out_proj",
+    "mlp.fc1": "linear1",
+    "mlp.fc2": "linear2"}
+
+
+class DeiT(nn.Module):
+    """The published DeiT: image (B, 3, H, W) in [0, 1] -> tokens before and after each block."""
+
+    def __init__(self, weights):
+        """weights: {name in the DeiT repository: tensor}; sizes are inferred from them."""
+        super().__init__()
+        width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+        hidden = len(weights["blocks.0.mlp.fc1.bias"])
+        self.cls_token = nn.Parameter(weights["cls_token"])                      # (1, 1, Dv)
+        self.pos_embed = nn.Parameter(weights["pos_embed"])                      # (1, 1 + N, Dv)
+        self.patch_embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.blocks = nn.ModuleList()
+        while f"blocks.{len(self.blocks)}.norm1.weight" in weights:
+            self.blocks.append(nn.TransformerEncoderLayer(
+                width, width // 64, hidden, dropout=0.0, activation="gelu", layer_norm_eps=1e-6,
+                batch_first=True, norm_first=True))
+
+        renamed = {}
+        for name, tensor in weights.items():
+            for theirs, ours in NAMES.items():
+                name = name.replace(theirs, ours)
+            if not name.startswith(("norm.", "head.")):      # both follow the last block
+                renamed[name] = tensor
+        self.load_state_dict(renamed)
+        normal = torch.tensor([
+            [0.485, 0.456, 0.406],                           # means and deviations of ImageNet
+            [0.229, 0.224, 0.225]])
+        self.register_buffer("normal", normal.view(2, 3, 1, 1), persistent=False)
+
+    def forward(self, image):
+        mean, deviation = self.normal                                            # (3, 1, 1)
+        x = self.patch_embed((image - mean) / deviation)                         # (B, Dv, h, w)
+        side = math.isqrt(self.pos_embed.shape[1])
+        places = self.pos_embed[:, 1:].mT                                        # (1, Dv, N)
+        places = places.unflatten(2, (side, side))                               # (1, Dv, h, w)
+        x = x + F.interpolate(places, x.shape[2:], mode="bicubic")
+        x = x.flatten(2).mT                                                      # (B, N, Dv)
+        first = self.cls_token + self.pos_embed[:, :1]                           # (1, 1, Dv)
+        first = first.expand(len(x), 1, -1)                                      # (B, 1, Dv)
+        x = torch.cat([first, x], dim=1)                                         # (B, 1 + N, Dv)
+        tokens = [x]
+        for block in self.blocks:
+            x = block(x)
+            tokens.append(x)
+        return tokens
+
+
+def load_teacher(path):
+    """The DeiT of the published file, frozen; ValueError of one line for any other file."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"found no weights in {path}, expected the file of DeiT-Tiny: download it "
+                         "from the address in --help") from error
+    weights = weights.get("model", weights)
+    if "blocks.0.attn.qkv.weight" not in weights:
+        raise ValueError(f"found other weights in {path}, expected those of DeiT-Tiny: download "
+                         "them from the address in --help")
+    return DeiT(weights).requires_grad_(False).eval()
+
 
 class Distillation(nn.Module):
-    """Relative errors of the embedding and of each block of a student against its teacher."""
+    """Relative errors of a student's embedding and of each of its blocks."""
 
     def __init__(self, student, teacher):
         super().__init__()
         self.student = student
         self.teacher = teacher
-        self.names = [f"block{i}" for i in range(1 + len(student.transformer.resblocks))]
-        self.weights = [1.0] * len(self.names)
+        self.names = [f"tokens {i}" for i in range(1 + len(student.transformer.resblocks))]
 
-    def forward(self, pixels, alone):
-        """pixels (B, 3, S, S) -> (1 + blocks,). A block starts from the teacher's tokens or, with
-        chance `alone`, (), from the student's own, so that it learns to mend their errors."""
-        blocks = self.student.transformer.resblocks
+    def forward(self, image, pixels, alone):
+        """image (B, 3, S, S) in [0, 1], pixels: the same normalised -> losses (1 + blocks,)."""
         with torch.no_grad():
-            twice = F.interpolate(pixels, scale_factor=2, mode="bilinear")
-            tokens = [self.teacher.embed(twice)]                                 # [(B, 1 + N, Dv)]
-            for block in self.teacher.transformer.resblocks[:len(blocks)]:
-                tokens.append(block(tokens[-1]))
+            twice = F.interpolate(image, scale_factor=2, mode="bilinear")        # (B, 3, 2S, 2S)
+            tokens = self.teacher(twice)                                         # [(B, 1 + N, Dv)]
         own = self.student.embed(pixels)                                         # (B, 1 + N, Dv)
-        losses = [(own - tokens[0]).float().square().mean() / tokens[0].float().var()]
-        use_own = torch.rand(len(pixels), 1, 1, device=own.device) < alone       # (B, 1, 1)
+        losses = [relative_error(own, tokens[0], tokens[0])]
+        # a block starts from the teacher's tokens or, with probability `alone`, from the student's
+        # own, so that it learns to correct their errors
+        use_own = torch.rand_like(image[:, 0, :1, :1]) < alone                   # (B, 1, 1)
+        blocks = self.student.transformer.resblocks
         for block, before, after in zip(blocks, tokens, tokens[1:]):
             own = block(torch.where(use_own, own, before))                       # (B, 1 + N, Dv)
-            change = (after - before).float().var()
-            losses.append((own - after).float().square().mean() / change)
+            losses.append(relative_error(own, after, after - before))
         return torch.stack(losses)
 
 
-@lru_cache(maxsize=None)
-def token_ids(words):
-    """The token ids of a few words, without start and end."""
-    tokens = clip.tokenize(words, SIZES["context_length"], SIZES["vocab_size"])[0]
-    return tokens[1:int(tokens.argmax())].tolist()
+def relative_error(found, wanted, change):
+    """Mean squared error relative to the variance of the change to predict."""
+    error = (found - wanted).float().square().mean()
+    return error / change.float().var()
 
 
-def tokens_of(captions):
-    """Captions, T tuples of words -> token ids (T, L), numpy; what is too long is cut off."""
-    start, end = SIZES["vocab_size"] - 2, SIZES["vocab_size"] - 1
-    length = SIZES["context_length"]
-    tokens = np.zeros((len(captions), length), dtype=np.int64)
-    for row, caption in zip(tokens, captions):
-        ids = []
-        for words in caption:
-            ids += [*token_ids(words), *token_ids(",")]
-        ids = [start, *ids[:-1][:length - 2], end]
-        row[:len(ids)] = ids
-    return tokens
+def distillation_batch(photos, args, step, rng):
+    """The inputs of Distillation; three of four batches are small pictures."""
+    side = 128 if step % 4 == 0 else 64                  # pixels
+    count = max(4, 2 * args.pairs * 64 ** 2 // side ** 2)
+    image = windows(photos, count, side, rng) / 255
+    alone = torch.tensor(0.3 + 1.5 * step / args.distil_steps, device=image.device)
+    return image, clip.normalize(image), alone
 
 
-def class_logits(features, texts):
-    """The map, logits (B, N): texts (2, D), the features of "genuine" and "manipulated"."""
-    return 10 * features @ (texts[1] - texts[0])
+# ------------------------------------------------------------------------------------- 2. regions
+
+def contrast(similarity, positive):
+    """InfoNCE: similarity (A, K), positive (A, K) bool -> loss of each row, (A,)."""
+    chosen = similarity.masked_fill(~positive, -1e4)
+    return similarity.logsumexp(dim=1) - chosen.logsumexp(dim=1)
 
 
-def same_source(z, source, pick):
-    """Patches of one source attract, all others of the batch repel: InfoNCE -> scalar.
-
-    z (B, N, d), source (B, N), pick (B, K): the patches of each picture that take part.
-    """
-    z = z.gather(1, pick[..., None].expand(-1, -1, z.shape[-1]))
-    z = F.normalize(z, dim=-1).flatten(0, 1)                                     # (A, d)
-    source = source.gather(1, pick).flatten()                                    # (A,)
-
+def same_source(z, source):
+    """Contrast patches of one source with all others: z (A, d), source (A,) -> scalar."""
+    z = F.normalize(z, dim=1)
     alone = torch.eye(len(z), dtype=torch.bool, device=z.device)                 # (A, A)
-    same = (source[:, None] == source) & ~alone
     similarity = (z @ z.T / 0.1).masked_fill(alone, -1e4)                        # (A, A)
-    positive = similarity.masked_fill(~same, -1e4).logsumexp(dim=1)              # (A,)
-    loss = similarity.logsumexp(dim=1) - positive
+    same = (source[:, None] == source) & ~alone
+    loss = contrast(similarity, same)                                            # (A,)
     found = same.any(dim=1)
     return (found * loss).sum() / found.sum()
 
 
-class Targets(NamedTuple):
-    """What a step learns from, all of fixed shapes: T captions for the B pictures' parts."""
-    pixels: torch.Tensor         # (B, 3, S, S), normalised
-    manipulated: torch.Tensor    # (B, N), 0 or 1
-    weight: torch.Tensor         # (B, N), of each patch; the sum is 1
-    source: torch.Tensor         # (B, N), the part that a patch is from
-    pick: torch.Tensor           # (B, 16), patches drawn by weight
-    known: torch.Tensor          # (B,), 0 or 1
-    tokens: torch.Tensor         # (T + 2, L): distinct captions, empty ones, the two classes
-    count: torch.Tensor          # (), how many captions are distinct
-    caption: torch.Tensor        # (B, N), the caption of each patch
+class Regions(nn.Module):
+    """The four losses of the second stage."""
+    names = ("captions", "sources", "map", "image")
 
-
-@torch.no_grad()
-def targets_of(batch, pixels, told):
-    """A pictures.Batch and its normalised images -> Targets; told: captions say what is pasted."""
-    device = pixels.device
-    known = batch.known.float()
-    manipulated = (batch.inside > 0.6) * known[:, None]                          # (B, N)
-    genuine = (batch.inside < 0.05).float()          # patches between are left out
-    both = genuine / genuine.sum(1, keepdim=True).clamp(min=1)
-    both = both + manipulated / manipulated.sum(1, keepdim=True).clamp(min=1)    # (B, N)
-    first = torch.arange(len(known), device=device)[:, None] // 2 * 2            # (B, 1)
-    source = torch.where(batch.inside > 0.6, first + 1, first)                   # (B, N)
-
-    captions = [tuple(words) for words in batch.histories]
-    if told:
-        captions = [(name, *words) for name, words in zip(batch.classes, captions)]
-    distinct = list(dict.fromkeys(captions))
-    numbers = {caption: number for number, caption in enumerate(distinct)}
-    place = np.array([numbers[caption] for caption in captions])                 # (T,)
-    none = [()] * (len(captions) - len(distinct))
-    tokens = tokens_of([*distinct, *none, *CLASS_CAPTIONS])
-    return Targets(
-        pixels=pixels, manipulated=manipulated, weight=both / both.sum(), source=source,
-        pick=torch.multinomial(both + 1e-9, 16, replacement=True), known=known,
-        tokens=send(tokens, device), count=send(np.array(len(distinct)), device),
-        caption=send(place, device)[source])
-
-
-class RegionLosses(nn.Module):
-    """Captions and sources; told which part is pasted, map and image label, too."""
-
-    def __init__(self, model, heads, told):
+    def __init__(self, model):
         super().__init__()
         self.model = model
-        self.heads = heads
-        self.told = told
-        self.names = ["captions", "sources"]
-        self.weights = [0.3, 0.5]
-        if told:
-            self.names += ["map", "image"]
-            self.weights += [1.0, 1.0]
+        self.source = nn.Linear(SIZES["embed_dim"], 64)
+        self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, *targets):
-        """The tensors of Targets -> (2,) or (4,)."""
-        t = Targets(*targets)
-        _, features = self.model.encode_patches(t.pixels)
+    def forward(self, pixels, inside, seen, tokens, caption, told):
+        """n photos, then their manipulations: B = 2n pictures with T = 2n parts -> losses (4,).
+
+        pixels (B, 3, S, S), normalised; inside (B, N), manipulated share of each patch; seen (B,),
+        0 excludes a manipulation; tokens (T + 2, L) of the parts' captions and the two classes;
+        caption (T,), equal numbers for equal captions; told (), 1 if they tell what is pasted.
+        """
+        _, features = self.model.encode_patches(pixels)
         features = F.normalize(features.float(), dim=-1)                         # (B, N, D)
-        texts = F.normalize(self.model.encode_text(t.tokens).float(), dim=-1)    # (T + 2, D)
-
+        texts = self.model.encode_text(tokens)
+        texts = F.normalize(texts.float(), dim=-1)                               # (T + 2, D)
+        # every part has the same weight; patches on a border have none
+        manipulated = (inside > 0.6) * seen[:, None]                             # (B, N)
+        genuine = (inside < 0.05).float()
+        weight = F.normalize(manipulated, p=1, dim=1)        # their sum becomes 1
+        weight = weight + F.normalize(genuine, p=1, dim=1)
+        weight = weight / weight.sum()                                           # (B, N)
+        B, N = inside.shape
+        n = B // 2
+        picture = torch.arange(B, device=inside.device)                          # (B,)
+        source = picture[:, None] % n + n * manipulated.long()                   # (B, N)
+        # each patch and the caption of its part
         scale = self.model.logit_scale.exp().clamp(max=100)
-        logits = (scale * features @ texts[:-2].T).flatten(0, 1).float()         # (B * N, T)
-        empty = torch.arange(logits.shape[1], device=logits.device) >= t.count
-        logits = logits.masked_fill(empty, -1e4)
-        errors = F.cross_entropy(logits, t.caption.flatten(), reduction="none")
-        losses = [(t.weight.flatten() * errors).sum(),
-                  same_source(self.heads["source"](features), t.source, t.pick)]
-
-        if self.told:
-            logits = class_logits(features, texts[-2:])
-            logits = logits.float() + self.heads["bias"].weight[0, 0]            # (B, N)
-            errors = F.binary_cross_entropy_with_logits(logits, t.manipulated, reduction="none")
-            labels = torch.arange(len(logits), device=logits.device) % 2
-            losses.append((t.weight * errors).sum())
-            losses.append(F.binary_cross_entropy_with_logits(
-                pool_score(logits, 0.1), labels.float(), weight=t.known))
-        return torch.stack(losses)
-
-
-def distillation_batches(training, source):
-    """The batches of the first stage, for `run_stage`; most pictures are small."""
-    student = training.model.visual
-    teacher = clip.load(training.args.teacher).visual.requires_grad_(False).to(training.device)
-    width, blocks = teacher.conv1.out_channels, len(teacher.transformer.resblocks)
-    own_width, own_blocks = student.conv1.out_channels, len(student.transformer.resblocks)
-    if teacher.patch_size != 16 or width != own_width or blocks < own_blocks:
-        raise ValueError(f"found a teacher of {blocks} blocks, width {width}, {teacher.patch_size}-"
-                         f"pixel patches, expected at least {own_blocks}, {own_width}, 16")
-    losses = Distillation(student, teacher)
-    for number in itertools.count():
-        side = 128 if number % 4 == 3 else 64            # pixels
-        each = max(4, 2 * training.args.pairs * 64 ** 2 // side ** 2)
-        pixels = clip.normalize(source.crops(AT_ONCE * each, side))
-        for part in pixels.split(each):
-            alone = np.array(0.3 + 1.5 * training.share_done())
-            yield losses, (part, send(alone, part.device))
+        similarity = scale * features.flatten(0, 1) @ texts[:-2].T               # (B * N, T)
+        own = caption[source].view(-1, 1)                                        # (B * N, 1)
+        errors = contrast(similarity, own == caption).view(B, N)
+        captions = (weight * errors).sum()
+        # 16 patches of each picture, drawn by weight
+        time = -torch.rand_like(weight).log() / weight
+        pick = time.topk(16, dim=1, largest=False).indices                       # (B, 16)
+        pick = (pick + N * picture[:, None]).flatten()                           # (B * 16,)
+        z = self.source(features.flatten(0, 1)[pick])                            # (B * 16, 64)
+        sources = same_source(z.float(), source.flatten()[pick])
+        # the map, and the image's label
+        logits = 10 * features @ (texts[-1] - texts[-2])                         # (B, N)
+        logits = logits.float() + self.bias
+        errors = F.binary_cross_entropy_with_logits(logits, manipulated, reduction="none")
+        map_loss = (weight * errors).sum()
+        image = F.binary_cross_entropy_with_logits(
+            pool_score(logits, 0.1), (picture >= n).float(), weight=seen)
+        return torch.stack([0.3 * captions, 0.5 * sources, told * map_loss, told * image])
 
 
-def region_batches(training, source):
-    """The batches of the second stage, for `run_stage`."""
-    losses = {told: RegionLosses(training.model, training.heads, told) for told in (False, True)}
-    for number in itertools.count():
-        side = SIDES[number % len(SIDES)]                # pixels
-        pairs = max(2, training.args.pairs * 128 ** 2 // side ** 2)
-        batch = source.batch(AT_ONCE * pairs, side)
-        pixels = clip.normalize(batch.image)             # together: the GPU must wait for it
-        for part, own in zip(batch.split(AT_ONCE), pixels.chunk(AT_ONCE)):
-            told = bool(source.rng.random() < training.args.told)
-            yield losses[told], targets_of(part, own, told)
+@lru_cache(maxsize=None)
+def tokens_of(caption):
+    """Token ids (L,), one per letter; longer captions are truncated."""
+    length = SIZES["context_length"]
+    return clip.tokenize(caption[:length - 2], length, SIZES["vocab_size"])[0]
+
+
+def region_batch(photos, args, step, rng):
+    """The inputs of Regions: n photos and their manipulations."""
+    side = SIDES[step % len(SIDES)]
+    n = max(2, args.pairs * 128 ** 2 // side ** 2)
+    told = rng.random() < 0.5
+    images = windows(photos, 2 * n, side, rng)
+    words = [[] for _ in images]
+    synthesis.edit_history(images, rng.random(2 * n) < 0.7, rng, words)
+    photo, donor = images.split(n)
+    kinds = synthesis.random_kinds(n, rng)
+    pasted = []                                          # histories of the pasted parts
+    for i in range(n):
+        source = n + i if kinds[i] == "splice" else i
+        pasted.append(list(words[source]))
+    made = synthesis.paste(photo, donor, kinds, rng, pasted)
+    seed = rng.integers(2 ** 31)                         # treat both of a pair alike
+    photo = synthesis.wear(photo, np.random.default_rng(seed))
+    image = synthesis.wear(made.image, np.random.default_rng(seed))
+    images = torch.cat([photo, image])                                           # (B, 3, S, S)
+
+    captions = words[:n] + pasted
+    if told:
+        names = [CLASSES[:1]] * n + [(CLASSES[1], kind) for kind in kinds]
+        captions = [(*name, *own) for name, own in zip(names, captions)]
+    texts = [", ".join(own) for own in captions]
+    tokens = torch.stack([tokens_of(text) for text in (*texts, *CLASSES)])
+    caption = [texts.index(text) for text in texts]
+
+    device = images.device
+    inside = F.avg_pool2d(made.region, SIZES["vision_patch_size"]).flatten(1)    # (n, N)
+    inside = torch.cat([torch.zeros_like(inside), inside])                       # (B, N)
+    seen = torch.cat([torch.ones_like(made.seen), made.seen]).float()            # (B,)
+    caption = torch.tensor(caption, device=device)                               # (T,)
+    told = torch.tensor(float(told), device=device)
+    return clip.normalize(images / 255), inside, seen, tokens.to(device), caption, told
 
 
 # ------------------------------------------------------------------------------------------ loop
 
-def autocast(device):
-    """The context in which matrices are multiplied in bfloat16, if the hardware can do that. No
-    cache: a recording would keep it."""
-    native = pick_dtype("auto", device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=native, cache_enabled=False)
-
-
-def make_watch(photos, device):
-    """64 pairs of held-out photos, made with PIL: images (128, 3, S, S), inside (128, N) bool."""
-    pairs = synthesis.PairSet(photos, size=192, count=0, seed=1)
-    images, regions = [], []
-    for number in range(128):
-        image, region, _ = pairs.make(number // 2, number % 2)
-        images.append(data.to_tensor(image))
-        regions.append(torch.from_numpy(np.asarray(region, np.float32))[None] / 255)
-    inside = F.avg_pool2d(torch.stack(regions), 8).flatten(1) > 0.5
-    return clip.normalize(torch.stack(images)).to(device), inside
-
-
-@torch.no_grad()
-def measure(model, watch):
-    """Pixel AUC (mean over manipulated pictures, patch by patch) and image AUC of the map of the
-    class words alone."""
-    images, inside = watch
-    words = tokens_of(CLASS_CAPTIONS)
-    with autocast(images.device):
-        texts = F.normalize(model.encode_text(send(words, images.device)), dim=-1)
-        maps = []
-        for part in images.split(16):
-            _, features = model.encode_patches(part)
-            features = F.normalize(features.float(), dim=-1)
-            maps.append(class_logits(features, texts.float()).float().cpu())
-    logits = torch.cat(maps)                                                     # (128, N)
-
-    pixel = []
-    for row, region in zip(logits.numpy(), inside.numpy()):
-        if region.any() and not region.all():
-            pixel.append(auc(row, region))
-    return np.mean(pixel), auc(pool_score(logits, 0.1).numpy(), np.arange(len(logits)) % 2)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024); steps as long as AdamW's (Liu et al. 2025).
-
-    torch's own updates one matrix after the other; here all of one shape are updated together."""
-
-    def __init__(self, matrices, lr):
-        shapes = sorted({tuple(p.shape) for p in matrices})
-        groups = [{"params": [p for p in matrices if p.shape == shape]} for shape in shapes]
-        super().__init__(groups, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            matrices = group["params"]
-            gradient = torch.stack([p.grad for p in matrices])       # (n, rows, columns)
-            state = self.state[matrices[0]]
-            if "momentum" not in state:
-                state["momentum"] = torch.zeros_like(gradient)
-            momentum = state["momentum"].lerp_(gradient, 0.05)
-            update = orthogonal(gradient.lerp(momentum, 0.95))
-            size = 0.2 * max(matrices[0].shape) ** 0.5
-            torch._foreach_add_(matrices, list(update), alpha=-group["lr"] * size)
-
-
-def orthogonal(matrices):
-    """Matrices (n, rows, columns) with all their singular values near 1: Newton-Schulz steps."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.to(pick_dtype("auto", x.device))
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    x = x.mT if tall else x
-    return x.to(matrices.dtype)
-
-
 class Training:
-    """A pretraining's weights, optimizers and clock, so that it can go on after any end."""
+    """Weights, optimizers and progress of a pretraining; continues from its last save."""
 
     def __init__(self, args, device):
         torch.manual_seed(args.seed)
-        self.args = args
-        self.device = device
-        self.model = clip.CLIP(**SIZES).to(device)
-        self.heads = nn.ModuleDict({"source": nn.Linear(SIZES["embed_dim"], 64),
-                                    "bias": nn.Linear(1, 1, bias=False)}).to(device)
-        self.state = {"stage": "distil" if args.teacher else "regions", "step": 0,
-                      "minutes": {"distil": 0.0, "regions": 0.0}}
-        self.start_stage(self.state["stage"])
+        self.regions = Regions(clip.CLIP(**SIZES)).to(device)
+        self.done = {"distil": 0, "regions": 0}          # steps
+        self.start_optimizers()
         self.file = Path(args.out, "last.pt")
         if self.file.exists():
             saved = torch.load(self.file, weights_only=True, map_location=device)
-            self.state = saved["state"]
-            self.start_stage(self.state["stage"])
-            for name, part in self.parts().items():
-                part.load_state_dict(saved[name])
-        if self.state["stage"] == "distil" and not args.teacher:
-            raise ValueError(f"found a distillation in {args.out}, expected its --teacher: name it")
+            self.done = saved.pop("done")
+            for name, part in saved.items():
+                getattr(self, name).load_state_dict(part)
 
-    def start_stage(self, stage):
-        """New optimizers and a new average of the weights, which is what comes out."""
-        self.state["stage"] = stage
-        self.lr = self.args.lr if stage == "regions" else self.args.lr_distil
-        self.optimizers = self.make_optimizers(self.lr)
-        self.mean = copy.deepcopy(self.model)
-        self.recordings = {}                             # see `losses_of`
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-
-    def minutes(self):
-        """How long the stage shall be."""
-        if self.state["stage"] == "regions":
-            return self.args.minutes
-        return self.args.distil_minutes
-
-    def share_done(self):
-        """Which share of these is spent."""
-        return self.state["minutes"][self.state["stage"]] / self.minutes()
-
-    def parts(self):
-        named = {f"optimizer{i}": part for i, part in enumerate(self.optimizers)}
-        return {"model": self.model, "mean": self.mean, "heads": self.heads, **named}
-
-    def make_optimizers(self, lr):
-        """Muon for the matrices of the image tower's blocks, AdamW for all else. Ours: not compared
-        with AdamW alone."""
-        matrices = [p for p in self.model.visual.transformer.parameters() if p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in [*self.model.parameters(), *self.heads.parameters()]
-                  if id(p) not in chosen]
-        optimizers = [Muon(matrices, lr), torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98),
-                                                            weight_decay=0.0)]
-        return optimizers
+    def start_optimizers(self):
+        """Muon for the matrices of the image tower's blocks, AdamW for everything else."""
+        matrices = []
+        others = []
+        for name, weight in self.regions.named_parameters():
+            if "visual.transformer" in name and weight.ndim == 2:
+                matrices.append(weight)
+            else:
+                others.append(weight)
+        self.muon = torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
 
     def save(self):
-        parts = {name: part.state_dict() for name, part in self.parts().items()}
-        torch.save({"state": self.state, **parts}, f"{self.file}.part")
+        state = {"done": self.done}
+        for name in ("regions", "muon", "adam"):
+            state[name] = getattr(self, name).state_dict()
+        torch.save(state, f"{self.file}.part")
         Path(f"{self.file}.part").replace(self.file)
-        torch.save(self.mean.state_dict(), Path(self.args.out, "tower.pt"))
+        tower = self.regions.model.state_dict()
+        torch.save(tower, self.file.with_name("tower.pt"))
 
-    def step(self, loss, rate):
-        """One step of the optimizers at a share `rate` of their learning rate."""
-        self.model.zero_grad()
-        self.heads.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 5.0)
-        for optimizer in self.optimizers:
+    def step(self, losses, lr):
+        """Update the weights by losses (k,), which are returned without their graph."""
+        self.regions.zero_grad()
+        losses.sum().backward()
+        nn.utils.clip_grad_norm_(self.regions.parameters(), 5.0)
+        for optimizer in (self.muon, self.adam):
             for group in optimizer.param_groups:
-                group["lr"] = rate * self.lr
+                group["lr"] = lr
             optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()),
-                                 1 - self.args.decay)
-        self.state["step"] += 1
+        return losses.detach().clone()
 
 
-class Recording(nn.Module):
-    """Losses for one shape of inputs: recording changes a module, so each shape has its own."""
+def losses_of(losses, inputs, recordings):
+    """Call a module of losses, in bf16 where the hardware supports it.
 
-    def __init__(self, losses):
-        super().__init__()
-        self.losses = losses
-
-    def forward(self, *inputs):
-        return self.losses(*inputs)
-
-
-def losses_of(training, losses, inputs):
-    """What a module of losses answers to a tuple of tensors.
-
-    A step starts some thousand small kernels, for which a GPU waits; so they are recorded once for
-    each shape of inputs, and from then on replayed at one call (`torch.cuda.CUDAGraph`).
+    A step launches thousands of small kernels, and the GPU waits for them. So each shape of inputs
+    is recorded once as a CUDA graph and then replayed.
     """
-    if training.device.type != "cuda":
-        with autocast(training.device):
+    device = inputs[0].device
+    native = pick_dtype("auto", device) == torch.bfloat16
+    # a graph must not depend on a cache of rounded weights
+    with torch.autocast(device.type, torch.bfloat16, enabled=native, cache_enabled=False):
+        if device.type != "cuda":
             return losses(*inputs)
+        shape = inputs[0].shape
+        if shape not in recordings:
+            own = tuple(tensor.clone() for tensor in inputs)     # a graph keeps its inputs
+            # recording changes a module, hence the copy, which shares the weights
+            recordings[shape] = torch.cuda.make_graphed_callables(
+                copy.copy(losses), own, allow_unused_input=True)
+    return recordings[shape](*inputs)
 
-    key = (losses, inputs[0].shape)
-    if key not in training.recordings:
-        own = tuple(tensor.clone() for tensor in inputs)         # a recording keeps its inputs
-        with autocast(training.device):
-            training.recordings[key] = torch.cuda.make_graphed_callables(
-                Recording(losses), own, allow_unused_input=True, pool=training.pool)
-    return training.recordings[key](*inputs)
 
+def run_stage(training, stage, steps, losses, make_batch):
+    """Train to the last step of a stage; make_batch(step) gives the inputs of losses."""
+    recordings = {}
+    recent = []
+    first = training.done[stage]
+    for step in range(first + 1, steps + 1):
+        # 1) linear warm-up after every start, 2) constant, 3) linear decay over the last 30 %
+        warm = (step - first) / 100
+        cool = max(0.02, (1 - step / steps) / 0.3)
+        lr = LEARNING_RATES[stage] * min(1.0, warm, cool)
+        batch = make_batch(step)
+        # keep no reference to the graph of a step: it would break the next recording
+        recent.append(training.step(losses_of(losses, batch, recordings), lr))
+        training.done[stage] = step
 
-def run_stage(training, batches, watch):
-    """Train until the stage has had its minutes. batches yields pairs: a module of losses, and the
-    tensors that it takes."""
-    stage = training.state["stage"]
-    spent = training.state["minutes"]
-    # on a processor other programs do not count
-    clock = time.process_time if training.device.type == "cpu" else time.time
-    began = clock()
-    saved = spent[stage]
-    recent = {}                                          # {name: losses since the last line}
-    for count, (losses, inputs) in enumerate(batches, start=1):
-        done = training.share_done()
-        if done >= 1:
-            break
-        rate = min(1.0, count / 100)                     # each start is warmed up
-        if stage == "distil":
-            rate *= max(0.02, 0.5 + 0.5 * math.cos(math.pi * done))
-        elif done > 0.7:                                 # the last part cools down
-            rate *= max(0.02, (1 - done) / 0.3)
-
-        found = losses_of(training, losses, inputs)                              # (k,)
-        total = sum(weight * loss for weight, loss in zip(losses.weights, found))
-        training.step(total, rate)
-        for name, loss in zip(losses.names, found.detach().clone()):
-            recent.setdefault(name, []).append(loss)
-        # autograd's nodes of this stream, were they still there, would break a new recording
-        del found, total
-        spent[stage] += (clock() - began) / 60
-        began = clock()
-
-        due = spent[stage] - saved > min(10, training.minutes() / 8)
-        if due or count % 100 == 0:
-            report(training, recent)                     # before a save: no weights that are NaN
+        due = step == steps or step % max(1, steps // 8) == 0
+        if due or step % 100 == 0:
+            means = torch.stack(recent).mean(dim=0).tolist()
+            words = [f"{name} {mean:.3f}" for name, mean in zip(losses.names, means)]
+            print(f"{stage}  step {step}", *words, sep="  ", flush=True)
+            if not math.isfinite(sum(means)):
+                raise SystemExit("error: found losses that are not finite: lower LEARNING_RATES "
+                                 "and start again from the last save")
+            recent.clear()
         if due:
-            saved = spent[stage]
             training.save()
-            record(training, watch)
-            began = clock()
-    report(training, recent)
-    training.save()
-    record(training, watch)
 
 
-def report(training, recent):
-    """Print the losses of the last steps and forget them; ValueError if they are no numbers."""
-    state = training.state
-    means = {name: torch.stack(losses).mean().item() for name, losses in recent.items()}
-    recent.clear()
-    if not math.isfinite(sum(means.values())):
-        raise ValueError(f"found the losses {means} at step {state['step']}, expected finite "
-                         "numbers: lower --lr or --lr-distil and start again, from the last save")
-    words = "  ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-    print(f"{state['stage']} {state['minutes'][state['stage']]:.2f} min  step {state['step']}  "
-          f"{words}", flush=True)
+def pretrain(args, photos, teacher):
+    """Run both stages, or what is left of them."""
+    training = Training(args, photos[0].device)
+    rng = np.random.default_rng((args.seed, *training.done.values()))
+    if teacher:
+        teacher = teacher.to(photos[0].device)
+        losses = Distillation(training.regions.model.visual, teacher)
+        run_stage(training, "distil", args.distil_steps, losses,
+                  lambda step: distillation_batch(photos, args, step, rng))
+    if training.done["regions"] == 0:
+        training.start_optimizers()
+    run_stage(training, "regions", args.steps, training.regions,
+              lambda step: region_batch(photos, args, step, rng))
 
 
-def record(training, watch):
-    """Add a line to log.csv: how good the averaged weights are by now."""
-    state = training.state
-    if state["stage"] == "distil":
-        return
-    pixel, image = measure(training.mean, watch)
-    row = [round(state["minutes"]["regions"], 1), state["step"], f"{pixel:.4f}", f"{image:.4f}"]
-    print(f"held-out photos: pixel AUC {pixel:.3f}, image AUC {image:.3f}", flush=True)
-    file = Path(training.args.out, "log.csv")
-    new = not file.exists()
-    with open(file, "a", newline="") as out:
-        if new:
-            csv.writer(out).writerow(["minutes", "step", "pixel_auc", "image_auc"])
-        csv.writer(out).writerow(row)
-
-
-def main():
-    """The command line; returns the exit status: 0 done, 2 wrong call or losses that are NaN."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--photos", nargs="+", required=True, help="folders of genuine photos")
-    parser.add_argument("--out", default="runs/tower", help="folder; goes on if it holds a start")
-    parser.add_argument("--teacher", help="a CLIP to distil first, a name or file of clip.load")
-    parser.add_argument("--distil-minutes", type=float, default=1, help="minutes of stage 1")
-    parser.add_argument("--minutes", type=float, default=8,
-                        help="minutes of stage 2, over all starts; of processor time without a GPU")
+def main(arguments=None):
+    """The command line; returns the exit status: 0 done, 2 wrong call."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", nargs="+", required=True, help="folders or lists, genuine")
+    parser.add_argument("--out", default="runs/tower", help="folder; a run in it is continued")
+    parser.add_argument("--teacher", help="file of DeiT-Tiny to distil first")
+    parser.add_argument("--distil-steps", type=int, default=2800, help="steps of stage 1")
+    parser.add_argument("--steps", type=int, default=4500, help="steps of stage 2")
     parser.add_argument("--pairs", type=int, default=160,
-                        help="pairs a batch, of 128 pixels; of other sizes as much work")
-    parser.add_argument("--lr-distil", type=float, default=2e-3)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.998, help="of the averaged weights")
-    parser.add_argument("--told", type=float, default=0.5,
-                        help="share of the batches that say which part is pasted")
+                        help="pairs per batch at 128 pixels; fewer of larger ones")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    args = parser.parse_args()
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(arguments)
     try:
-        pretrain(args)
+        device = pick_device(args.device)
+        teacher = load_teacher(args.teacher) if args.teacher else None
+        photos = read_photos(args.photos, device)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(f"{len(photos)} photos on {device}", flush=True)
+    pretrain(args, photos, teacher)
     return 0
-
-
-def read_photos(folders):
-    """Genuine pictures of the folders -> (paths to train on, paths to watch it by)."""
-    photos, held_out = [], []
-    for folder in folders:
-        found, _ = data.read_set(folder, masks=False)
-        paths = sorted(picture.path for picture in found if picture.label != 1)
-        photos += [path for i, path in enumerate(paths) if i % 8]
-        held_out += paths[8::16]
-    if not held_out:
-        raise ValueError(f"found {len(photos)} photos in {', '.join(folders)}, expected hundreds: "
-                         "name a folder with more")
-    return photos, held_out
-
-
-def pretrain(args):
-    """Both stages; ValueError or OSError, one line, for what cannot be used."""
-    if min(args.minutes, args.distil_minutes) <= 0 or args.pairs < 1:
-        raise ValueError(f"found --minutes {args.minutes} --distil-minutes {args.distil_minutes} "
-                         f"--pairs {args.pairs}, expected more than 0 of each")
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)             # on a processor: several share a machine, small matrices
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    photos, held_out = read_photos(args.photos)
-    training = Training(args, device)
-    source = pictures.Pictures(photos, device, (args.seed, training.state["step"]))
-    watch = make_watch(held_out, device)
-    print(f"{len(photos)} photos, {len(held_out)} held out, on {device}", flush=True)
-
-    if training.state["stage"] == "distil":
-        run_stage(training, distillation_batches(training, source), watch)
-        training.start_stage("regions")
-    run_stage(training, region_batches(training, source), watch)
 
 
 if __name__ == "__main__":
