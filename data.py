@@ -387,7 +387,9 @@ def split(pictures, fraction, seed):
 class TrainingSet(Dataset):
     """Labelled pictures: item i -> (a random window of the view, mirrored in half of the cases,
     uint8 (3, window, window); label). Seeded by (seed, epoch, i), whatever the worker; from
-    len(self) on, i means picture i % len(self), in another window."""
+    len(self) on, i means picture i % len(self), in another window.
+
+    aims: {i: (y, x)}, a pixel of the view that the window of item i must contain (train.aim)."""
 
     def __init__(self, pictures, *, max_side, cell, window, seed):
         self.pictures = pictures
@@ -396,6 +398,7 @@ class TrainingSet(Dataset):
         self.window = window
         self.seed = seed
         self.epoch = 0
+        self.aims = {}
 
     def __len__(self):
         return len(self.pictures)
@@ -404,7 +407,8 @@ class TrainingSet(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         picture = self.pictures[index % len(self)]
         image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
-        top, left = (rng.integers(max(1, side - self.window + 1)) for side in image.shape[1:])
+        aim = self.aims.get(index, (None, None))
+        top, left = (self.start(side, at, rng) for side, at in zip(image.shape[1:], aim))
         image = image[:, top:top + self.window, left:left + self.window]       # (3, h, w)
         missing = [(0, self.window - side) for side in image.shape[1:]]
         pixels = np.pad((255 * image).round().byte(), [(0, 0), *missing], mode="reflect")
@@ -412,6 +416,15 @@ class TrainingSet(Dataset):
         if rng.random() < 0.5:
             window = window.flip(2)
         return window, picture.label
+
+    def start(self, side, at, rng):
+        """Where a window begins along a side: anywhere, or so that it contains the pixel `at`."""
+        last = max(0, side - self.window)
+        first = 0
+        if at is not None:
+            first = min(last, max(0, at - self.window + 1))
+            last = min(last, at)
+        return rng.integers(first, last + 1)
 
 
 # ---------------------------------------------------------------------------------- the command

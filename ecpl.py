@@ -160,21 +160,24 @@ class ECPL(nn.Module):
 # -------------------------------------------------------------------- SAPL: from pictures to a map
 
 class Depths(nn.Module):
-    """What each level adds to the features of the map: z_l = W_l LayerNorm(F_l) [ours].
+    """What each level adds to the features of the map: z_l = W_l gelu(U_l LayerNorm(F_l)) [ours].
 
     Traces (noise, blur, seams) fade with depth, so shallow levels join the last one. HECL
-    contrasts each z_l separately. W starts small: the map starts as CLIP's own.
+    contrasts each z_l separately. W starts small: the map starts as CLIP's own. The hidden layer,
+    as wide as z_l, finds more than a linear map does (tests/README.md).
     """
 
     def __init__(self, Dv, D, levels):
         super().__init__()
-        self.projections = nn.ModuleList([projection(Dv, D) for _ in range(levels)])
-        for project in self.projections:
-            nn.init.normal_(project[1].weight, std=0.1 * Dv ** -0.5)
+        self.layers = nn.ModuleList()
+        for _ in range(levels):
+            last = nn.Linear(D, D, bias=False)
+            nn.init.normal_(last.weight, std=0.1 * D ** -0.5)
+            self.layers.append(nn.Sequential(nn.LayerNorm(Dv), nn.Linear(Dv, D), nn.GELU(), last))
 
     def forward(self, levels):
         """[(B, N, Dv)] -> [(B, N, D)]."""
-        return [project(x) for project, x in zip(self.projections, levels)]    # [(B, N, D)]
+        return [layer(x) for layer, x in zip(self.layers, levels)]             # [(B, N, D)]
 
 
 def pool_score(logits, rho):
@@ -261,24 +264,31 @@ class SAPL(nn.Module):
         scale = self.log_scale.clamp(0, np.log(100)).exp()           # bounded as in CLIP
         return scale * cosines + self.bias
 
-    def forward(self, image):
-        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
+    def read(self, image):
+        """image (B, 3, H, W) in [0, 1] -> levels [(B, N, Dv)], dense features (B, N, D) and edges
+        (B, N) of its patches. Without LoRA nothing here is trained."""
         pixels = clip.normalize(image)                                         # (B, 3, H, W)
         if self.config["zoom"] > 1:
             zoom = self.config["zoom"]
             pixels = F.interpolate(pixels, scale_factor=zoom, mode="bilinear")  # (B, 3, z H, z W)
-        h, w = self.clip.visual.grid(pixels)
-
-        # towers: levels [(B, N, Dv)], dense (B, N, D)
         levels, dense = self.clip.encode_patches(pixels, self.config["levels"])
+        h, w = self.clip.visual.grid(pixels)
+        return levels, dense, pool_edges(soft_edges(image), h, w)
+
+    def answer(self, levels, dense, edges, h, w):
+        """What `read` gives for an (h, w) grid of patches -> Output."""
         # edges -> prompts -> text
-        edges = pool_edges(soft_edges(image), h, w)                            # (B, N)
         text = self.ecpl(self.clip, levels, edges, h, w)                       # (B, C, D)
         # similarity -> map -> score
         depths = self.depths(levels)                                           # [(B, N, D)]
         logits = self.similarity(dense + sum(depths), text.float())            # (B, N)
         score = pool_score(logits, self.config["rho"])                         # (B,)
         return Output(logits.view(-1, h, w), score, text, depths, edges)       # logits (B, h, w)
+
+    def forward(self, image):
+        """image (B, 3, H, W) in [0, 1], sides multiples of `cell` -> Output."""
+        _, _, H, W = image.shape
+        return self.answer(*self.read(image), H // self.cell, W // self.cell)
 
 
 def demo(out="out/method.png"):

@@ -9,6 +9,7 @@ import argparse
 import csv
 import html
 import itertools
+import math
 import os
 import pickle
 import signal
@@ -133,34 +134,32 @@ class Result(NamedTuple):
     area: float           # fraction of the picture in the mask, in [0, 1]
 
 
-def starts(length, size):
-    """Where windows of `size` begin that cover `length` and overlap by at least a quarter."""
-    last = max(0, length - size)
-    count = 1 + np.ceil(last / (0.75 * size))
-    return np.linspace(0, last, int(count)).astype(int).tolist()
+def tiles(length, size):
+    """(start, end) of the fewest windows of at most `size`, equally long, that cover `length`."""
+    ends = np.linspace(0, length, math.ceil(length / size) + 1).round().astype(int).tolist()
+    return list(zip(ends, ends[1:]))
 
 
 @torch.inference_mode()
-def patch_logits(model, image):
-    """image (3, H', W') in [0, 1] -> (h, w) on the CPU: the mean over overlapping windows [ours].
+def patch_logits(model, image, looks=2):
+    """image (3, H', W') in [0, 1] -> (h, w) on the CPU: the mean of two looks at each window, one
+    of them mirrored [ours]. looks=1: without the mirrored one.
 
-    A tower trained on small pictures attends badly across large ones. Windows have
+    A tower trained on small pictures attends badly across large ones. So windows have at most
     config["window"] pixels a side; 0: the whole image.
     """
     p = model.cell
     _, H, W = image.shape
-    h, w = H // p, W // p
-    size = model.config["window"] // p or max(h, w)
-    total = torch.zeros(h, w)
-    times = torch.zeros(h, w)
-    for top, left in itertools.product(starts(h, size), starts(w, size)):
-        bottom, right = top + size, left + size                    # slices stop at the border
-        window = image[:, p * top:p * bottom, p * left:p * right]
+    size = model.config["window"] // p or max(H, W)
+    grid = torch.zeros(H // p, W // p)                             # (h, w)
+    for (top, bottom), (left, right) in itertools.product(tiles(H // p, size), tiles(W // p, size)):
+        window = image[:, p * top:p * bottom, p * left:p * right].to(model.bias.device)
+        views = torch.stack([window, window.flip(2)][:looks])      # (looks, 3, .., ..)
         with model.autocast():
-            output = model(window[None].to(model.bias.device))
-        total[top:bottom, left:right] += output.logits[0].float().cpu()
-        times[top:bottom, left:right] += 1
-    return total / times                                           # (h, w)
+            logits = model(views).logits.float()                   # (looks, rows, columns)
+        logits[1:] = logits[1:].flip(2)                            # back into place
+        grid[top:bottom, left:right] = logits.mean(dim=0)          # (rows, columns)
+    return grid
 
 
 def logits_of(model, picture):
@@ -307,8 +306,8 @@ def collect(words, out):
     return list(paths.values())
 
 
-def run(args):
-    """Answer for all pictures, a row and a figure each as soon as it is done -> exit status."""
+def prepare(args):
+    """Everything that can be wrong with a call -> (model, its name, paths, owners of outputs)."""
     out = Path(args.out)
     paths = collect(args.paths, out)
     owners = read_owners(out / "results.csv")
@@ -317,12 +316,16 @@ def run(args):
     name = f"{Path(checkpoint).name} {clip.sha256_of(checkpoint)[:12]}"
     if not args.checkpoint:
         print(f"note: the shipped model is a small demonstration. {CAUTION}", file=sys.stderr)
-
     out.mkdir(parents=True, exist_ok=True)
+    return model, name, paths, owners
+
+
+def run(out, model, name, paths, owners):
+    """Answer for all pictures, a row and a figure each as soon as it is done -> exit status."""
     as_text = {"encoding": "utf-8", "errors": "backslashreplace", "buffering": 1}
     failed = 0
-    with open(out / "results.csv", "a", **as_text) as table, \
-            open(out / "report.html", "a", **as_text) as report:
+    with open(Path(out, "results.csv"), "a", **as_text) as table, \
+            open(Path(out, "report.html"), "a", **as_text) as report:
         rows = csv.DictWriter(table, HEADER.split(","), lineterminator="\n")
         for file, start in ((table, HEADER + "\n"), (report, REPORT)):
             if file.tell() == 0:
@@ -352,11 +355,14 @@ def main(arguments=None):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", default="auto",
                         help="auto (bf16 where the hardware supports it), bf16, fp32")
+    args = parser.parse_args(arguments)
     try:
-        return run(parser.parse_args(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            job = prepare(args)
+        except (ValueError, OSError) as error:       # a later ValueError is a bug: traceback
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return run(args.out, *job)
     except KeyboardInterrupt:
         print("interrupted: what is done is kept", file=sys.stderr)
         return 130

@@ -1,28 +1,26 @@
 """Train SAPL from pictures that carry one label each, genuine or manipulated; masks are never read.
 
     python train.py --data FOLDER            au/ and tp/ inside, or a list of pictures and labels
-    python train.py --data PHOTOS            genuine photos alone: the splices are self-made
+    python train.py --data PHOTOS            genuine photos alone: only self-made splices
     python train.py --out RUN --resume       continues after the last finished epoch
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
 Writes into --out after each epoch: last.pt (to resume), best.pt (for infer.py), log.csv.
 
-What is learned from what:
-- An image label says *whether* a picture was manipulated. It trains the score [abstract].
-- A genuine label says more: *every* pixel is genuine. So a part of one genuine picture pasted into
-  another is manipulated, pixel by pixel, by construction. Such splices train the map; no mask drawn
-  by a person is read [ours; after CutPaste, Li et al. 2021, and Cut, Paste and Learn, Dwibedi et al.
-  2017]. With --splices 0 image labels alone train, as in the abstract.
+What is learned from what: an image label says *whether* a picture is manipulated and trains the
+score [abstract]. A genuine label says more, namely that *every* pixel is genuine. So a part of one
+genuine picture pasted into another is manipulated by construction, and such splices train the map
+[ours; after CutPaste, Li et al. 2021, and Cut, Paste and Learn, Dwibedi et al. 2017]. With
+--splices 0, image labels alone train, as in the abstract.
 
-Three lessons about weak labels shape the code:
-1. One view. Traces die when a picture is resampled, so training, validation and inference see the
-   same native pixels (data.view), and the score of a held-out picture is the one infer.py gives.
-2. A window inherits the label of its picture, although it can miss the manipulated region.
-   `data.TrainingSet` says what that costs.
-3. Compression tells the classes of many sets apart. So both are re-compressed, blurred and made
-   noisy alike, whatever their label (`synthesis.wear`).
+Three lessons about weak labels:
+1. One view. Resampling erases traces, so training, validation and inference see the same native
+   pixels (data.view), and the score of a held-out picture is the one that infer.py gives.
+2. A window inherits the label of its picture, although it can miss the manipulated region. So
+   the windows of large pictures are aimed at what looks most manipulated (`aim`).
+3. In many sets compression tells the classes apart. So all pictures are worn alike (synthesis.wear).
 
-Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> the loop.
+Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
 """
 import argparse
 import csv
@@ -132,54 +130,50 @@ def resume(args):
 # -------------------------------------------------------------------------------------- pictures
 
 def read_pictures(args, held_out):
-    """Pictures to train on and pictures held out, no scene in both: two lists.
+    """Pictures to train on, and pictures held out, no scene in both: two lists.
 
-    held_out: the paths that an earlier part of this run held out, or None.
+    held_out: the paths that a resumed run holds out, else None.
     """
     pictures, report = data.read_set(args.data, masks=False, decode=True)
     for problem in report.problems:
         print(f"note: {problem}", file=sys.stderr)
-    # a folder without labels is taken as genuine photos
-    pictures = [p._replace(label=p.label or 0) for p in pictures]
+    pictures = [p._replace(label=p.label or 0) for p in pictures]    # no label: genuine photos
 
-    if held_out is None:
-        train, val = data.split(pictures, args.val, args.seed)
-    else:
+    train, val = data.split(pictures, args.val, args.seed)
+    if held_out is not None:
         train = [p for p in pictures if str(p.path) not in held_out]
         val = [p for p in pictures if str(p.path) in held_out]
-        missing = len(held_out) - len(val)
-        if missing:
-            print(f"note: {missing} held-out pictures of this run are gone from {args.data}",
+        if len(val) < len(held_out):
+            print(f"note: {len(held_out) - len(val)} held-out pictures of this run are gone",
                   file=sys.stderr)
 
     labels = {p.label for p in pictures}
-    if labels == {0} and args.splices == 0:
-        raise BadInput(f"found no manipulated picture in {args.data}, expected some for "
-                         "--splices 0: add pictures, or leave --splices out")
+    if args.splices == 0:
+        labels = {0, 1}                                  # image labels alone need both classes
     for part, name in ((train, "to train on"), (val, "to hold out")):
         for label in {0} | labels:
-            if label not in {p.label for p in part}:
-                raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data} "
-                                 f"({len(part)} pictures), expected some: add pictures or change "
-                                 "--val")
+            if label not in [p.label for p in part]:
+                raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data}, "
+                               "expected some: add pictures or change --val")
     return train, val
 
 
 def validation_pictures(held_out, window):
-    """What validation judges: [(path or PIL RGB picture, label)].
-
-    Where no held-out picture is manipulated, up to 100 of them are spliced, always alike.
-    """
+    """What validation judges: [(path or PIL RGB, label)]. If nothing held out is manipulated, up to
+    100 windows and splices of them, always the same."""
     if any(p.label == 1 for p in held_out):
         return [(p.path, p.label) for p in held_out]
     windows = data.TrainingSet(held_out, max_side=data.MAX_PIXELS, cell=1, window=window, seed=0)
     photos = [windows[i][0] for i in range(min(100, len(windows)))]
     photos = torch.stack(photos).float()                                       # (n, 3, S, S)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = synthesis.splice(photos, photos.roll(1, 0), np.random.default_rng(0))
-    found = [(image, 0) for image in photos] + [(image, 1) for image in made.image[made.seen]]
-    return [(Image.fromarray(image.byte().movedim(0, 2).numpy()), label) for image, label in found]
+    torch.manual_seed(0)
+    made = synthesis.splice(photos, photos.roll(1, dims=0), np.random.default_rng(0))
+
+    found = []
+    for label, images in enumerate((photos, made.image[made.seen])):
+        for image in images.byte().movedim(1, 3).numpy():                      # (S, S, 3)
+            found.append((Image.fromarray(image), label))
+    return found
 
 
 def plan_epoch(count, genuine, args, rng):
@@ -201,14 +195,14 @@ def make_batch(windows, labels, splices, cell, rng):
     windows (B, 3, S, S) uint8, labels (B,) -> image (B, 3, S, S) in [0, 1], labels (B,), truth
     (B, N): 1 where a patch is manipulated, 0 where it is genuine, -1 where nobody knows.
     """
-    images = windows.float()
+    images = synthesis.older_jpeg(windows.float(), rng)
     B, _, S, _ = images.shape
     n = B - splices
     # what labels know: every patch of a genuine picture is genuine
     truth = -labels[:, None].repeat(1, (S // cell) ** 2)                       # (B, N)
 
     if splices > 0:
-        photo = synthesis.older_jpeg(images[n:], rng)
+        photo = images[n:].clone()
         made = synthesis.splice(photo, photo.roll(1, 0), rng)
         seen = made.seen[:, None, None, None]                                  # (splices, 1, 1, 1)
         images[n:] = torch.where(seen, made.image, photo)
@@ -273,41 +267,49 @@ def continue_from(old, args):
 # ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
-    """The model with its losses. balance: weight of a manipulated label against a genuine one."""
+    """The model with its losses.
 
-    def __init__(self, model, hecl, weight, balance):
+    labels: of the training set, an array. hecl_weight: see --hecl. Every weight is ours.
+    """
+
+    def __init__(self, model, hecl, hecl_weight, labels):
         super().__init__()
         self.model = model
         self.hecl = hecl
-        self.weight = weight
-        self.register_buffer("balance", torch.tensor(balance))
+        self.hecl_weight = hecl_weight
+        manipulated = (labels == 1).mean()
+        self.has_manipulated = manipulated > 0
+        balance = (1 - manipulated) / manipulated if self.has_manipulated else 1.0
+        self.register_buffer("balance", torch.tensor(float(balance)))
 
     def forward(self, image, labels, truth, ramp):
         """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N), ramp of HECL in [0, 1] -> (4,):
         their weighted sum, label loss, patch loss, HECL."""
         output = self.model(image)
         logits = output.logits.flatten(1).float()                              # (B, N)
-        is_splice = (labels == 1) & (truth >= 0).any(dim=1)                    # (B,)
+        score = output.score.float()                                           # (B,)
+        is_splice = (truth == 1).any(dim=1)                                    # (B,)
 
-        # Whether: image label against score. Without it the score knows splices, but not the
-        # manipulations of the training set.
+        # Whether: image labels against scores. Without this term the score knows splices alone, not
+        # the manipulations of the set. Splices have a say only where the set shows none.
+        judged = ~is_splice if self.has_manipulated else torch.ones_like(is_splice)
         label_loss = F.binary_cross_entropy_with_logits(
-            output.score.float(), labels.float(), pos_weight=self.balance)
+            score[judged], labels[judged].float(), pos_weight=self.balance)
 
-        # Where: patches of splices against what is known of them; both classes count the same.
-        # Without it the map hardly learns: a label does not say which patches earned it.
+        # Where: patches of splices against what is known of them; those inside count four times, as
+        # they are few. Without this term the map hardly learns: a label does not say which patches
+        # earned it.
         inside = (truth == 1).float()                                          # (B, N)
-        outside = ((truth == 0) & is_splice[:, None]).float()                  # (B, N)
+        known = ((truth >= 0) & is_splice[:, None]).float()                    # (B, N)
         errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
-        patch_loss = (errors * inside).sum() / inside.sum().clamp(min=1)
-        patch_loss = patch_loss + (errors * outside).sum() / outside.sum().clamp(min=1)
+        patch_loss = ((known + 3 * inside) * errors).sum() / known.sum().clamp(min=1)
 
-        # Alike: edge patches of one class against those of the other, in many pictures.
+        # Alike: edge patches of a class, in many pictures, against those of the other class.
         contrast = torch.zeros_like(label_loss)
-        if self.weight > 0:
+        if self.hecl_weight > 0:
             contrast = self.hecl(output.depths, output.edges, logits, labels, truth)
 
-        total = label_loss + patch_loss + ramp * self.weight * contrast
+        total = label_loss + patch_loss + ramp * self.hecl_weight * contrast
         return torch.stack([total, label_loss, patch_loss, contrast])
 
 
@@ -396,20 +398,6 @@ def save_checkpoint(path, model, **state):
                       "room, then continue with --resume") from error
 
 
-def open_folder(args):
-    """Make the folder of a run; BadInput or OSError if it is taken or cannot be written."""
-    out = Path(args.out)
-    if (out / "last.pt").exists() and not args.resume:
-        raise BadInput(f"found a run in {out}, expected an empty folder: add --resume, or choose "
-                         "another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "write.test").touch()
-        (out / "write.test").unlink()
-    except OSError as error:
-        raise OSError(f"cannot write into {out} ({error.strerror}): choose another --out") from None
-
-
 def write_log(history, out):
     """Print the last epoch in one line; write log.csv from all epochs."""
     row = history[-1]
@@ -435,12 +423,18 @@ def learning_rate(done):
     return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def make_optimizer(weights, lr):
-    """AdamW; weight decay for matrices alone, not for biases, gains and temperatures."""
-    matrices = [p for p in weights if p.ndim >= 2]
-    others = [p for p in weights if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr)
+def make_optimizer(weights, fast):
+    """AdamW on weights. Decay is for matrices alone, not for biases, gains and temperatures.
+    `times`: a group's own multiple of the learning rate, 4 for the `fast` weights [ours]."""
+    fast = {id(p) for p in fast}
+    groups = []
+    for times in (1, 4):
+        own = [p for p in weights if (id(p) in fast) == (times == 4)]
+        matrices = [p for p in own if p.ndim >= 2]
+        others = [p for p in own if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": 0.02, "times": times})
+        groups.append({"params": others, "weight_decay": 0.0, "times": times})
+    return torch.optim.AdamW(groups)
 
 
 def connect(name):
@@ -456,18 +450,19 @@ def connect(name):
 
 
 class Run:
-    """What a training consists of. Everything that can be wrong with a call is found here, in one
-    line (BadInput or OSError), before the first step."""
+    """What a training consists of. Whatever is wrong with a call is found here, before the first
+    step: BadInput, ValueError or OSError of one line."""
 
     def __init__(self, args, state):
-        open_folder(args)
         check(args)
         self.args = args
         self.device, self.rank, self.world = connect(args.device)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, "log.csv").touch()                        # can it be written?
         for name in ("batch", "splices"):
             if getattr(args, name) % self.world:
-                raise BadInput(f"found --{name} {getattr(args, name)}, expected a multiple of "
-                                 f"the number of processes, {self.world}")
+                raise BadInput(f"found {flag(name)} {getattr(args, name)}, expected a multiple of "
+                               f"the number of processes, {self.world}")
 
         # model
         if state:
@@ -476,33 +471,33 @@ class Run:
             model = make_model(args).to(self.device)
             model.dtype = infer.pick_dtype(args.precision, self.device)
         self.model = model.train()
-        self.window = model.config["window"]
-        if self.window % model.cell:
-            raise BadInput(f"found --window {self.window}, expected a multiple of the patch, "
-                             f"{model.cell} pixels")
+        window = model.config["window"]
+        if window % model.cell:
+            raise BadInput(f"found --window {window}, expected a multiple of the patch, "
+                           f"{model.cell} pixels")
 
         # pictures
-        held_out = state["held_out"] if state else None
-        pictures, self.held_out = read_pictures(args, held_out)
+        pictures, self.held_out = read_pictures(args, state and state["held_out"])
         if len(pictures) < args.batch:
             raise BadInput(f"found {len(pictures)} pictures to train on, expected at least "
-                             f"--batch {args.batch}: add some, or lower --batch")
-        self.train_set = data.TrainingSet(pictures, max_side=model.config["max_side"],
-                                          cell=model.cell, window=self.window, seed=args.seed)
+                           f"--batch {args.batch}: add some, or lower --batch")
         self.labels = np.array([p.label for p in pictures])
-        self.val_set = validation_pictures(self.held_out, self.window)
+        self.train_set = data.TrainingSet(pictures, max_side=model.config["max_side"],
+                                          cell=model.cell, window=window, seed=args.seed)
+        self.val_set = validation_pictures(self.held_out, window)
 
         # losses and optimizer
         D = model.clip.visual.proj.shape[1]
         self.hecl = HECL(levels=len(model.config["levels"]), width=D, **HECL_SIZES)
         self.hecl = self.hecl.to(self.device).requires_grad_(args.hecl > 0)
-        parameters = [*model.parameters(), *self.hecl.parameters()]
-        self.weights = [p for p in parameters if p.requires_grad]
-        self.optimizer = make_optimizer(self.weights, args.lr)
+        self.weights = [p for part in (model, self.hecl) for p in part.parameters()
+                        if p.requires_grad]
+        self.optimizer = make_optimizer(self.weights, model.depths.parameters())
         self.history = []                                        # one row per epoch
         if state:
             self.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.train_set.aims = state["aims"]
             self.history = state["history"]
 
     def end_epoch(self, row):
@@ -514,9 +509,38 @@ class Run:
         if best_of(self.history) is row:
             save_checkpoint(Path(out, "best.pt"), self.model)
         save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
-                        held_out=[str(p.path) for p in self.held_out], settings=vars(self.args),
-                        hecl=self.hecl.state_dict(), optimizer=self.optimizer.state_dict())
+                        held_out=[str(p.path) for p in self.held_out], aims=self.train_set.aims,
+                        settings=vars(self.args), hecl=self.hecl.state_dict(),
+                        optimizer=self.optimizer.state_dict())
         write_log(self.history, out)
+
+
+def aim(run):
+    """Aim the windows of pictures larger than a window at their most suspicious patch.
+
+    A window of a large picture can miss the manipulated region; random ones, which cover a third of
+    such a picture, lose AIMLOSS of the image AUC (tests/README.md). Both classes are
+    aimed, so genuine pictures show their hardest windows. This is multiple-instance learning: the
+    picture is a bag of windows, and its label is true of the worst of them [ours].
+    """
+    found = {}
+    run.model.eval()
+    for i in range(run.rank, len(run.labels), run.world):
+        picture = data.open_image(run.train_set.pictures[i].path)
+        view = data.view(picture, run.train_set.max_side, run.model.cell)      # (3, H', W')
+        if max(view.shape) > run.train_set.window:
+            grid = infer.patch_logits(run.model, view, looks=1)                # (h, w)
+            peak = int(ecpl.smooth(grid[None]).argmax())
+            row, column = divmod(peak, grid.shape[1])
+            found[i] = (row * run.model.cell, column * run.model.cell)
+    run.model.train()
+
+    parts = [found]
+    if run.world > 1:
+        parts = [None] * run.world
+        dist.all_gather_object(parts, found)
+    for part in parts:
+        run.train_set.aims |= part
 
 
 def train_epoch(run, objective, epoch):
@@ -536,7 +560,7 @@ def train_epoch(run, objective, epoch):
     for step, (windows, labels) in enumerate(loader):
         done = (epoch * len(plan) + step + 1) / (args.epochs * len(plan))
         for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * learning_rate(done)
+            group["lr"] = args.lr * learning_rate(done) * group["times"]
 
         # pictures
         image, labels, truth = make_batch(windows.to(run.device), labels.to(run.device),
@@ -565,14 +589,14 @@ def train(run):
         print(f"{len(run.labels)} pictures to train on, {len(run.held_out)} held out (their paths "
               f"are `held_out` in {args.out}/last.pt); {trained:,} weights to train, "
               f"{run.model.dtype} on {run.device} x {run.world}", flush=True)
-    manipulated = (run.labels == 1).sum()
-    balance = (run.labels == 0).sum() / manipulated if manipulated else 1.0
-    objective = Objective(run.model, run.hecl, args.hecl, float(balance)).to(run.device)
+    objective = Objective(run.model, run.hecl, args.hecl, run.labels).to(run.device)
     if run.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
 
     for epoch in range(len(run.history), args.epochs):
         began = time.time()
+        if epoch % 2 == 0 and (run.labels == 1).any():
+            aim(run)
         loss, label_loss, patch_loss, contrast = train_epoch(run, objective, epoch)
         if not math.isfinite(loss):
             raise FloatingPointError(f"found loss {loss} in epoch {epoch + 1}, expected a number: "
@@ -599,23 +623,33 @@ def finish(run):
           f"python infer.py PICTURES --checkpoint {best}`", flush=True)
 
 
+def start(args):
+    """The command line's settings -> Run."""
+    if args.resume:
+        return Run(*resume(args))
+    if Path(args.out, "last.pt").exists():
+        raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
+                       "choose another --out")
+    return Run(args, None)
+
+
 def main(arguments=None):
     """The command line; returns the exit status: 0 done, 2 stopped by an error, 130 interrupted."""
     args = make_parser().parse_args(arguments)
     try:
         try:
-            args, state = resume(args) if args.resume else (args, None)
-            run = Run(args, state)
-        except (BadInput, OSError) as error:
+            run = start(args)
+        except (ValueError, OSError) as error:           # a later ValueError is a bug: traceback
             print(f"error: {error}", file=sys.stderr)
             return 2
         train(run)
         return 0
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = "found too little memory on the GPU: lower --batch, --splices or --window"
-        print(f"error: {reason}", file=sys.stderr)
+    except (OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: found too little memory on the GPU: lower --batch, --splices or --window",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished epochs are kept; continue with --resume", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What all tests share: a miniature CLIP and SAPL, which need no file, and pictures."""
+"""What the tests share: a miniature CLIP and SAPL, which need no file, and pictures."""
 import numpy as np
 import torch
 from PIL import Image
@@ -7,23 +7,23 @@ import clip
 import ecpl
 
 CONFIG = {"clip": "mini", "levels": (1, 2), "context": 4, "rho": 0.1, "zoom": 1,
-          "lora_rank": 0, "lora_share": 0.5, "max_side": 128, "window": 0, "size": 64}
+          "lora_rank": 0, "lora_share": 0.5, "max_side": 128, "window": 0}
 
 
-def mini_clip(seed=0):
-    """A random CLIP of 2 blocks and width 64, with 16-pixel patches and byte tokens alone."""
-    torch.manual_seed(seed)
-    model = clip.CLIP(embed_dim=48, image_resolution=64, vision_layers=2, vision_width=64,
-                      vision_patch_size=16, context_length=77, vocab_size=514,
-                      transformer_width=64, transformer_layers=2)
+def mini_clip(patch=16, stem=()):
+    """A random CLIP of 2 blocks and width 64, with byte tokens alone; always the same numbers."""
+    torch.manual_seed(0)
+    model = clip.CLIP(embed_dim=48, image_resolution=4 * patch, vision_layers=2, vision_width=64,
+                      vision_patch_size=patch, context_length=77, vocab_size=514,
+                      transformer_width=64, transformer_layers=2, stem=stem)
     model.name = "mini"
     model.sha256 = ""
     return model.eval()
 
 
-def mini_sapl(kind=ecpl.SAPL, **config):
-    """A random SAPL, or a subclass of it, on the miniature CLIP; always the same numbers."""
-    return kind(mini_clip(), CONFIG | config).eval()
+def mini_sapl(**config):
+    """A random SAPL on the miniature CLIP; always the same numbers."""
+    return ecpl.SAPL(mini_clip(), CONFIG | config).eval()
 
 
 def photo(width, height, seed=0):
@@ -36,15 +36,46 @@ def photo(width, height, seed=0):
     return Image.fromarray(array)
 
 
-def draw(label, rng):
-    """A smooth gradient of 72 x 72 pixels, the manipulated ones (label 1) with a noisy square.
+def draw(label, side, rng):
+    """A smooth gradient, the manipulated ones (label 1) with a noisy square: PIL RGB.
 
-    rng: a NumPy generator. -> uint8 (72, 72, 3)
+    rng: a NumPy generator.
     """
-    column = np.linspace(rng.integers(40, 90), rng.integers(130, 220), 72)     # (H,)
-    array = np.repeat(column[:, None, None], 72, axis=1).repeat(3, axis=2)     # (H, W, 3)
+    column = np.linspace(rng.integers(40, 90), rng.integers(130, 220), side)   # (H,)
+    array = np.repeat(column[:, None, None], side, axis=1).repeat(3, axis=2)   # (H, W, 3)
     array += rng.normal(0, 2, array.shape)
     if label == 1:
-        y, x = rng.integers(0, 40, 2)
+        y, x = rng.integers(0, side - 30, 2)
         array[y:y + 30, x:x + 30] += rng.normal(0, 40, (30, 30, 3))
-    return array.clip(0, 255).astype(np.uint8)
+    return Image.fromarray(array.clip(0, 255).astype(np.uint8))
+
+
+def draw_set(root, count):
+    """So many genuine pictures in root/au and manipulated ones in root/tp, of three sizes; those
+    with the same number are one scene."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("au", "tp")):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            draw(label, (64, 50, 80)[i % 3], rng).save(root / name / f"{i}.png")
+
+
+def disturb(monkeypatch, where, call, action):
+    """Let `action` come before a call, counted from 1, of the function `where`: (owner, name)."""
+    real = getattr(*where)
+    calls = []
+
+    def disturbed(*arguments, **names):
+        calls.append(1)
+        if len(calls) == call:
+            action(*arguments)
+        return real(*arguments, **names)
+
+    monkeypatch.setattr(*where, disturbed)
+
+
+def failing(error):
+    """An action that raises an error."""
+    def action(*arguments):
+        raise error
+    return action

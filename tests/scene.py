@@ -23,6 +23,7 @@ FOCAL = 912                                                     # focal length i
 DEPTHS = np.geomspace(12, 17000, 2900)[:, None]                 # (Z, 1), each 0.25 % farther
 ROW, COLUMN, _ = np.mgrid[:H, :W, :1]                           # (H, W, 1)
 
+# light of the sun, the sky overhead and haze; reflectance of grass and bare earth
 SUN = np.array([2.6, 2.3, 1.9])
 ZENITH = np.array([0.08, 0.30, 0.64])
 HAZE = np.array([0.50, 0.65, 0.81])

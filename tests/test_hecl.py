@@ -1,5 +1,6 @@
 """HECL: selection, dual queue, contrastive loss: references and properties."""
 import math
+import re
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ import torch.nn.functional as F
 import hecl
 
 
-def batch(labels=(0, 1, 0, 1), N=20, seed=0):
-    """depths of width 16 that take gradients, edges, logits, labels: what HECL is called with."""
-    torch.manual_seed(seed)
+def batch(labels=(0, 1, 0, 1), N=20):
+    """What HECL is called with: depths of width 16 that take gradients, edges, logits, labels,
+    truth. What is labelled manipulated is unknown, except for the last picture, a splice."""
+    torch.manual_seed(0)
     B = len(labels)
-    depths = [torch.randn(B, N, 16, requires_grad=True), torch.randn(B, N, 16, requires_grad=True)]
-    return depths, torch.rand(B, N), torch.randn(B, N), torch.tensor(labels)
+    depths = [torch.randn(B, N, 16, requires_grad=True) for _ in range(2)]
+    labels = torch.tensor(labels)
+    truth = -labels[:, None].repeat(1, N)
+    if labels[-1] == 1:
+        truth[-1] = (torch.arange(N) < N // 3).long()
+    return depths, torch.rand(B, N), torch.randn(B, N), labels, truth
 
 
 def make(**changes):
@@ -23,59 +29,67 @@ def make(**changes):
     return hecl.HECL(**settings | changes)
 
 
-# ----------------------------------------------------------------------------------------- which
+def anchors_of(model, z, head, b, chosen):
+    """Unit features of the chosen patches of picture b."""
+    return F.normalize(model.heads[head](z[b, chosen[b]]), dim=-1)
 
-def test_the_ends_of_the_ranking_of_edge_patches_are_selected():
-    _, edges, logits, _ = batch()
-    most, least = hecl.select(edges, logits, share=0.4, top=3)
-    for b in range(4):
-        strong = edges[b].topk(8).indices.tolist()
-        ranked = sorted(strong, key=lambda n: logits[b, n].item())
-        assert sorted(least[b].tolist()) == sorted(ranked[:3])
-        assert sorted(most[b].tolist()) == sorted(ranked[-3:])
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_which_edge_patches_are_selected(share):
+    """Known as manipulated, then unknown, then known as genuine; each in the order of the map."""
+    torch.manual_seed(0)
+    edges = torch.rand(5, 20)
+    logits = torch.randn(5, 20)
+    truth = torch.randint(-1, 2, (5, 20))
+    truth[0] = -1                                              # nothing is known
+    chosen, classes = hecl.select(edges, logits, truth, share=share, top=4)
+    place = {1: 0, -1: 1, 0: 2}
+    for b in range(5):
+        strong = edges[b].topk(round(20 * share)).indices.tolist()
+        ranked = sorted(strong, key=lambda n: (place[truth[b, n].item()], -logits[b, n].item()))
+        assert chosen[b].tolist() == ranked[:4] + ranked[-4:]
+        assert torch.equal(classes[b], truth[b, chosen[b]])
 
 
 @pytest.mark.parametrize("N, share, expected", [(1, 0.4, 1), (4, 0.5, 1), (20, 0.1, 1),
                                                 (20, 0.4, 3), (10, 0.4, 2), (20, 1.0, 3)])
 def test_how_many_are_selected(N, share, expected):
-    _, edges, logits, _ = batch(N=N)
-    most, least = hecl.select(edges, logits, share=share, top=3)
-    assert most.shape == least.shape == (4, expected)
+    _, edges, logits, _, truth = batch(N=N)
+    chosen, classes = hecl.select(edges, logits, truth, share=share, top=3)
+    assert chosen.shape == classes.shape == (4, 2 * expected)
 
 
-def test_no_patch_is_selected_as_both_even_in_a_constant_picture():
-    most, least = hecl.select(torch.zeros(2, 16), torch.zeros(2, 16), share=0.4, top=4)
-    for b in range(2):
-        assert not set(most[b].tolist()) & set(least[b].tolist())
+def test_no_patch_is_selected_twice_even_in_a_constant_picture():
+    flat = torch.zeros(2, 16)
+    chosen, _ = hecl.select(flat, flat, flat.long(), share=0.5, top=4)
+    assert all(len(set(row)) == 8 for row in chosen.tolist())
 
-
-# ---------------------------------------------------------------------------------------- queues
 
 def test_a_queue_is_first_in_first_out_and_wraps():
     queue = hecl.DualQueue(5, 1)
     assert len(queue.keys()[0]) == 0
-
     pushed = []
     for start in range(1, 15, 2):
         values = torch.tensor([[start], [start + 1.0]])
         queue.push(values, 100 + values)
         pushed = (pushed + [start, start + 1])[-5:]
         features, classes = queue.keys()
-        assert sorted(features[classes == 0, 0].tolist()) == pushed
-        assert sorted(features[classes == 1, 0].tolist()) == [100 + x for x in pushed]
+        assert features[classes == 0, 0].tolist() == pushed
+        assert features[classes == 1, 0].tolist() == [100 + x for x in pushed]
 
     many = torch.arange(9.0)[:, None]                          # more than it holds: the last ones
     queue.push(many, many)
-    assert sorted(queue.keys()[0][:5, 0].tolist()) == [4, 5, 6, 7, 8]
+    assert queue.keys()[0][:5, 0].tolist() == [4, 5, 6, 7, 8]
 
 
 def test_queues_start_empty_fill_equally_and_are_saved():
     inputs = batch(labels=(0, 1, 1, 1))
     model = make(queue=50)
     model(*inputs)
-    for queue in model.queues:                                 # 3 patches of one picture a class
-        assert len(queue.keys()[0]) == 6
-        assert torch.allclose(queue.keys()[0].norm(dim=-1), torch.ones(6))
+    for queue in model.queues:                                 # 3 patches of one genuine picture
+        features, classes = queue.keys()
+        assert classes.tolist() == [0] * 3 + [1] * 3
+        assert torch.allclose(features.norm(dim=-1), torch.ones(6))
 
     other = make(queue=50)
     other.load_state_dict(model.state_dict())
@@ -84,14 +98,14 @@ def test_queues_start_empty_fill_equally_and_are_saved():
 
 
 def test_what_looks_most_manipulated_is_queued():
-    depths, edges, logits, labels = batch(labels=(0, 1))
+    depths, edges, logits, labels, truth = batch(labels=(0, 1, 0))
     model = make(queue=50)
-    model(depths, edges, logits, labels)
-    most, _ = hecl.select(edges, logits, share=0.4, top=3)
+    model(depths, edges, logits, labels, truth)
+    chosen, _ = hecl.select(edges, logits, truth, share=0.4, top=3)
     features, classes = model.queues[1].keys()
-    for b in (0, 1):
-        expected = F.normalize(model.heads[1](depths[1][b, most[b]]), dim=-1)
-        assert torch.allclose(features[classes == b], expected, atol=1e-6)
+    for b, label in ((0, 0), (1, 1)):                          # of the third there is no room
+        expected = anchors_of(model, depths[1], 1, b, chosen)[:3]
+        assert torch.allclose(features[classes == label], expected, atol=1e-6)
 
 
 def test_evaluation_leaves_no_trace_and_a_queue_is_not_needed():
@@ -101,8 +115,6 @@ def test_evaluation_leaves_no_trace_and_a_queue_is_not_needed():
     none = make(queue=0)
     assert none(*batch()) == none(*batch()) == model(*batch())
 
-
-# ------------------------------------------------------------------------------------------ loss
 
 def test_contrast_equals_the_formula_term_by_term():
     torch.manual_seed(0)
@@ -125,21 +137,24 @@ def test_contrast_equals_the_formula_term_by_term():
     assert loss.item() == pytest.approx(sum(terms) / 3, rel=1e-5)
 
 
-def brute_force(depths, edges, logits, labels, heads):
-    """The loss of a batch alone, anchor by anchor."""
-    most, least = hecl.select(edges, logits, share=0.4, top=3)
+def brute_force(model, depths, edges, logits, labels, truth):
+    """The loss, anchor by anchor."""
+    chosen, known = hecl.select(edges, logits, truth, share=0.4, top=3)
     levels = []
-    for z, head in zip(depths, heads):
+    for level, z in enumerate(depths):
+        keys = list(zip(*model.queues[level].keys(), [None] * 99))       # they have no picture
         patches = []                                           # (unit feature, class, picture)
         for b, label in enumerate(labels.tolist()):
-            for index, kind in ((most[b], label), (least[b], 0)):
-                for feature in F.normalize(head(z[b, index]), dim=-1):
-                    patches.append((feature, kind, b))
+            for i, feature in enumerate(anchors_of(model, z, level, b, chosen)):
+                kind = known[b, i].item()
+                if kind == -1:                                 # a guess: the most suspicious
+                    kind = label if i < 3 else 0
+                patches.append((feature, kind, b))
         terms = []
         for feature, kind, picture in patches:
             pull = []
             total = 0
-            for other, other_kind, other_picture in patches:
+            for other, other_kind, other_picture in patches + keys:
                 if other_kind == kind and other_picture == picture:
                     continue
                 value = torch.exp(feature @ other / 0.1)
@@ -151,70 +166,34 @@ def brute_force(depths, edges, logits, labels, heads):
     return torch.stack(levels).mean()
 
 
-def test_the_loss_of_a_batch_equals_brute_force():
-    inputs = batch()
-    model = make(queue=0)
-    assert model(*inputs).item() == pytest.approx(brute_force(*inputs, model.heads).item(), 1e-5)
-
-
-def test_queued_features_are_keys_of_their_class():
-    depths, edges, logits, labels = batch()
-    model = make(queue=50).eval()
-    alone = model(depths, edges, logits, labels)
-    most, _ = hecl.select(edges, logits, share=0.4, top=3)
-    for z, head, queue in zip(depths, model.heads, model.queues):
-        anchors = F.normalize(head(z.gather(1, most[..., None].expand(-1, -1, 16))), dim=-1)
-        queue.push(anchors[0].detach(), anchors[1].detach())
-    as_they_are = model(depths, edges, logits, labels)
-    for queue in model.queues:
-        queue.features.copy_(queue.features.flip(0))           # classes exchanged
-    assert as_they_are < model(depths, edges, logits, labels)
-    assert as_they_are != alone
-
-
-def test_pulling_edge_patches_of_a_class_together_lowers_it():
-    depths, edges, logits, labels = batch()
-    before = make()(depths, edges, logits, labels)
-    most, least = hecl.select(edges, logits, share=0.4, top=3)
-    moved = [z.detach().clone() for z in depths]
-    for z in moved:
-        for b in range(4):
-            direction = 2.0 if labels[b] == 1 else -2.0
-            z[b, most[b]] = 0.5 * z[b, most[b]] + direction
-            z[b, least[b]] = 0.5 * z[b, least[b]] - 2.0
-    assert make()(moved, edges, logits, labels) < before
+@pytest.mark.parametrize("queue", [0, 50])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_loss_equals_brute_force(known, queue):
+    *inputs, truth = batch()
+    truth = truth if known else torch.full_like(truth, -1)     # then labels decide
+    model = make(queue=queue)
+    model(*inputs, truth)                                      # fills the queues
+    model.eval()
+    found = model(*inputs, truth).item()
+    assert found == pytest.approx(brute_force(model, *inputs, truth).item(), 1e-5)
 
 
 def test_gradients_reach_heads_and_only_the_selected_patches():
-    depths, edges, logits, labels = batch()
+    depths, edges, logits, labels, truth = batch()
     logits.requires_grad_(True)
     model = make()
-    model(depths, edges, logits, labels).backward()
+    model(depths, edges, logits, labels, truth).backward()
     for parameter in model.parameters():
         assert parameter.grad.abs().sum() > 0
     assert logits.grad is None                                 # choosing is not learned
-
-    selected = torch.cat(hecl.select(edges, logits, share=0.4, top=3), dim=1)
-    expected = torch.zeros(4, 20, dtype=torch.bool).scatter(1, selected, True)
+    chosen, _ = hecl.select(edges, logits, truth, share=0.4, top=3)
+    expected = torch.zeros(4, 20, dtype=torch.bool).scatter(1, chosen, True)
     for z in depths:
         assert torch.equal(z.grad.abs().sum(dim=-1) > 0, expected)
 
 
-def test_each_depth_is_contrasted_by_itself():
-    depths, edges, logits, labels = batch()
-    both = make(queue=0)
-    losses = []
-    for i in (0, 1):
-        single = make(queue=0, levels=1)
-        single.heads[0] = both.heads[i]
-        losses.append(single([depths[i]], edges, logits, labels).item())
-    assert losses[0] != losses[1]
-    assert both(depths, edges, logits, labels).item() == pytest.approx(sum(losses) / 2)
-
-
 def test_patches_of_the_same_picture_are_no_positives():
-    depths, edges, logits, labels = batch(labels=(1,))
-    assert make(queue=0)(depths, edges, logits, labels).item() == 0
+    assert make(queue=0)(*batch(labels=(1,))).item() == 0
 
 
 def test_a_batch_of_one_class_survives_and_uses_the_queue():
@@ -236,6 +215,13 @@ def test_a_batch_of_one_class_survives_and_uses_the_queue():
 def test_constant_pictures_give_a_number(N):
     z = torch.zeros(2, N, 16, requires_grad=True)
     flat = torch.zeros(2, N)
-    loss = make()([z, z], flat, flat, torch.tensor([0, 1]))
+    labels = torch.tensor([0, 1])
+    loss = make()([z, z], flat, flat, labels, -labels[:, None].repeat(1, N))
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all()
+
+
+def test_the_lesson_runs(capsys):
+    hecl.demo()
+    losses = re.findall(r"loss (\S+)", capsys.readouterr().out)
+    assert float(losses[-1]) < float(losses[0])
