@@ -389,7 +389,7 @@ class TrainingSet(Dataset):
     uint8 (3, window, window); label). Seeded by (seed, epoch, i), whatever the worker; from
     len(self) on, i means picture i % len(self), in another window.
 
-    aims: {i: (y, x)}, a pixel of the view that the window of item i must contain (train.aim)."""
+    aims: {path: (y, x)}, a pixel of the view that the window of item i must contain (train.aim)."""
 
     def __init__(self, pictures, *, max_side, cell, window, seed):
         self.pictures = pictures
@@ -407,7 +407,9 @@ class TrainingSet(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         picture = self.pictures[index % len(self)]
         image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
-        aim = self.aims.get(index, (None, None))
+        aim = (None, None)
+        if index < len(self):
+            aim = self.aims.get(str(picture.path), aim)
         top, left = (self.start(side, at, rng) for side, at in zip(image.shape[1:], aim))
         image = image[:, top:top + self.window, left:left + self.window]       # (3, h, w)
         missing = [(0, self.window - side) for side in image.shape[1:]]

@@ -34,9 +34,9 @@ def select(edges, logits, truth, *, share, top):
     K = max(1, min(top, count // 2))
     kept = edges.topk(count, dim=1).indices                                    # (B, count)
 
-    # The map orders patches within [0, 1]; knowledge moves them out of that range.
-    suspicion = logits.sigmoid()                                               # (B, N)
-    suspicion = suspicion + (truth == 1).float() - (truth == 0).float()        # (B, N)
+    # The map orders patches within [-1, 1]; knowledge moves them out of that range.
+    suspicion = F.softsign(logits)                                             # (B, N)
+    suspicion = suspicion + 2 * ((truth == 1).float() - (truth == 0).float())  # (B, N)
     order = suspicion.gather(1, kept).argsort(dim=1, descending=True)          # (B, count)
     ranked = kept.gather(1, order)                                             # (B, count)
     chosen = torch.cat([ranked[:, :K], ranked[:, -K:]], dim=1)                 # (B, 2K)
@@ -123,6 +123,7 @@ class HECL(nn.Module):
         guess[:, :K] = labels[:, None]                                         # (B, K)
         classes = torch.where(known < 0, guess, known)                         # (B, 2K)
         classes = of_all_processes(classes)                                    # (B, 2K)
+        known = of_all_processes(known)                                        # (B, 2K)
 
         # Patches of one picture share its content: as positives they would teach scenes, not seams.
         picture = torch.arange(len(classes), device=classes.device)            # (B,)
@@ -140,8 +141,12 @@ class HECL(nn.Module):
 
             if self.training:
                 hardest = anchors[:, :K].detach()                              # (B, K, d)
+                is_guess = known[:, :K] < 0                                    # (B, K)
                 genuine = hardest[classes[:, :K] == 0]                         # (n, d)
-                manipulated = hardest[classes[:, :K] == 1]                     # (m, d)
+                manipulated = classes[:, :K] == 1                              # (B, K)
+                # what is known comes first: the queue may not have room for guesses
+                manipulated = torch.cat([hardest[manipulated & ~is_guess],
+                                         hardest[manipulated & is_guess]])     # (m, d)
                 queue.push(genuine, manipulated)
         return torch.stack(losses).mean()
 
