@@ -1,42 +1,44 @@
-"""What each part of SAPL brings: short trainings with a part left out or replaced. Run by hand.
+"""What each part of SAPL brings: heads with a part left out or replaced, on a frozen tower.
 
-    python tests/ablation.py --clip FILE [FILE ..] --photos GENUINE_PHOTOS --composites SET
+    python tests/ablation.py --train SET --test SET [--clip tiny] [--out runs/ablation]
 
-Each run trains one variant, CLIP frozen or with LoRA, on synthetic manipulations of the photos, by
-image labels alone, as train.py does. All variants have the same pictures, steps and
-seeds. Of the photos, sorted by name, every eighth never trains (nor did it in weights/make.py), and
-every sixteenth makes the test set "synthetic"; "composites" is SET, which no run has trained on.
+1. Once: windows of the training set and as many splices are made (OUT/windows.pt), and the tower
+   is asked about each of them and about what infer.py shows it of the test set (OUT/features).
+2. Each run trains new heads with train.Objective, for as many epochs as train.py, and appends a row
+   to OUT/runs.csv. Runs of one seed have the same pictures, in the same order.
+3. Two Markdown tables: means over the seeds, and differences to the plain prompt of the same seed.
 
-Finished runs, of one --count and --size, stay in --out/runs.csv and are not made again: an ended
-ablation goes on, several may run side by side. Prints means, and differences seed by seed.
+Unlike in train.py, windows of large pictures are random ones, and the last epoch counts, not the
+best. Finished runs are not made again. About 1.5 MB of disk for each window of 256 pixels.
 """
 import argparse
 import csv
-import fcntl
+import hashlib
 import itertools
-import os
-import re
-import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch                                                    # noqa: E402 (path first)
+import numpy as np                                              # noqa: E402 (path first)
+import torch                                                    # noqa: E402
 import torch.nn.functional as F                                 # noqa: E402
+from torch.utils.data import DataLoader                         # noqa: E402
 
 import data                                                     # noqa: E402
 import ecpl                                                     # noqa: E402
 import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 from evaluate import evaluate                                   # noqa: E402
-from weights import synthesis                                   # noqa: E402
+from hecl import HECL                                           # noqa: E402
 
-KEY = ("set", "tower", "tune", "variant", "seed")        # columns of runs.csv
-METRICS = ("pixel_auc", "pixel_f1_best_global", "image_auc", "text_change")
+PASSES = 2                 # over the training set: how many windows of each picture are kept
+KEY = ("variant", "splices", "seed")                            # columns of runs.csv
+METRICS = ("image_auc", "pixel_auc", "pixel_f1_at_7", "text_change")
 
 
 # -------------------------------------------------------------------------------------- variants
@@ -47,16 +49,15 @@ class NoText(ecpl.ECPL):
     def __init__(self, clip_model, **sizes):
         super().__init__(clip_model, **sizes)
         D = clip_model.visual.proj.shape[1]
-        own = torch.Generator().manual_seed(torch.initial_seed())        # others' numbers stay
-        vectors = torch.randn(len(ecpl.CLASSES), D, generator=own)             # (C, D)
-        self.vectors = torch.nn.Parameter(vectors * D ** -0.5)
+        own = torch.Generator().manual_seed(torch.initial_seed())    # other heads start alike
+        self.vectors = torch.nn.Parameter(torch.randn(len(ecpl.CLASSES), D, generator=own))
 
     def forward(self, clip_model, levels, edges, h, w):
         return F.normalize(self.vectors, dim=-1)[None]                         # (1, C, D)
 
 
 class PlainPrompt(ecpl.ECPL):
-    """The learned context alone: it reads no picture."""
+    """The learned context alone, which reads no picture."""
 
     def forward(self, clip_model, levels, edges, h, w):
         context = self.context.flatten(0, 1)[None]                             # (1, C * M, Dt)
@@ -64,167 +65,167 @@ class PlainPrompt(ecpl.ECPL):
 
 
 class PatchPrompt(ecpl.ECPL):
-    """Prompts that read patches as they are, without their edges."""
+    """Prompts that read patches without their edges."""
 
     def enhance(self, levels, edges, h, w):
         return [x.detach() for x in levels]                                    # [(B, N, Dv)]
 
 
 PLAIN = "plain prompt"
-VARIANTS = {                                             # {name: (module, weight of HECL)}
-    "no text": (NoText, 0.0),
-    PLAIN: (PlainPrompt, 0.0),
-    "prompts that read patches": (PatchPrompt, 0.0),
-    "ECPL": (ecpl.ECPL, 0.0),
-    "ECPL + HECL (SAPL)": (ecpl.ECPL, train.Config.hecl),
-}
+VARIANTS = {                                             # {name: (module, uses HECL)}
+    "no text": (NoText, False),
+    PLAIN: (PlainPrompt, False),
+    "prompts that read patches": (PatchPrompt, False),
+    "ECPL": (ecpl.ECPL, False),
+    "ECPL and HECL": (ecpl.ECPL, True)}
+
+
+# -------------------------------------------------------------------------------------- features
+
+class Frozen(ecpl.SAPL):
+    """SAPL whose tower is asked once about each image; the answer is kept as a file in `folder`."""
+
+    folder = None
+
+    def read(self, image):
+        """As in ecpl.SAPL, rounded to half precision."""
+        kept = np.stack([self.recall(x) for x in image])         # (B, N, L * Dv + D + 1)
+        kept = torch.from_numpy(kept).to(image.device).float()
+        Dv, D = self.clip.visual.proj.shape
+        widths = [Dv] * len(self.config["levels"]) + [D, 1]
+        *levels, dense, edges = kept.split(widths, dim=2)
+        return levels, dense, edges[..., 0]                      # [(B, N, Dv)], (B, N, D), (B, N)
+
+    def recall(self, image):
+        """image (3, H, W) -> what its patches have: levels, dense features, edges, in a row."""
+        pixels = (255 * image).round().byte().cpu().numpy()                    # (3, H, W)
+        digest = hashlib.sha1(pixels.tobytes()).hexdigest()
+        _, H, W = pixels.shape
+        file = self.folder / f"{H}x{W}-{digest}.npy"
+        if not file.exists():
+            with torch.no_grad():
+                levels, dense, edges = super().read(image[None])
+            features = torch.cat([*levels, dense, edges[..., None]], dim=2)    # (1, N, ..)
+            part = file.with_suffix(".part.npy")
+            np.save(part, features[0].half().cpu())
+            part.replace(file)                           # never half a file under this name
+        return np.load(file)                                                   # (N, ..)
+
+
+def frozen(tower, config, kind, folder):
+    """A Frozen with new heads, of which `kind` makes the prompts."""
+    with mock.patch.object(ecpl, "ECPL", kind):          # SAPL makes its prompts with this class
+        model = Frozen(tower, config)
+    model.folder = folder
+    return model.to(tower.visual.proj.device)
+
+
+def make_windows(model, pictures):
+    """Worn windows as in training -> (images (2n, 3, S, S) uint8, labels (2n,), truth (2n, N)),
+    n labelled ones, then n splices; see train.make_batch. Their features are kept."""
+    windows = data.TrainingSet(pictures, max_side=model.config["max_side"], cell=model.cell,
+                               window=model.config["window"], seed=0)
+    genuine = np.flatnonzero([picture.label == 0 for picture in pictures])
+    half = argparse.Namespace(batch=16, splices=16)
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    labelled = []
+    splices = []
+    for windows.epoch in range(PASSES):
+        plan = train.plan_epoch(len(pictures), genuine, half, rng)
+        for pixels, labels in DataLoader(windows, batch_sampler=plan.tolist()):
+            pixels = pixels.to(model.bias.device)
+            labels = labels.to(model.bias.device)
+            image, labels, truth = train.make_batch(pixels, labels, 16, model.cell, rng)
+            with model.autocast():
+                model.read(image)
+            image = (255 * image).round().byte()
+            batch = [x.cpu() for x in (image, labels, truth)]
+            labelled.append([x[:16] for x in batch])
+            splices.append([x[16:] for x in batch])
+            print(f"{32 * len(splices)} windows", end="\r", file=sys.stderr)
+    return [torch.cat(column) for column in zip(*labelled, *splices)]
 
 
 # ------------------------------------------------------------------------------------------ runs
 
-def hold(path, how=fcntl.LOCK_EX):
-    """Open a file that no other process may hold, until it is closed or this process ends."""
-    file = open(path, "a+", newline="", encoding="utf-8")
-    fcntl.flock(file, how)
-    return file
+def fit(model, use_hecl, windows, args):
+    """Train the heads as train.py does. windows: of `make_windows`; args: train.py's settings."""
+    model.train()
+    images, labels, truth = windows
+    count = len(images) // 2                             # labelled ones; the rest are splices
+    D = model.clip.visual.proj.shape[1]
+    hecl = HECL(levels=len(model.config["levels"]), width=D, **train.HECL_SIZES)
+    hecl.requires_grad_(use_hecl)
+    weight = args.hecl if use_hecl else 0.0
+    objective = train.Objective(model, hecl, weight, labels[:count].numpy()).to(images.device)
+    weights = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = train.make_optimizer(weights, model.depths.parameters())
+
+    rng = np.random.default_rng(args.seed)
+    plans = [train.plan_epoch(count, np.arange(count), args, rng)
+             for _ in range(args.epochs // PASSES)]      # of windows: PASSES of them each
+    plan = np.concatenate(plans)                                               # (steps, ..)
+    for step, rows in enumerate(plan, start=1):
+        done = step / len(plan)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * train.learning_rate(done) * group["times"]
+        ramp = min(1, done / 0.05)
+        losses = objective(images[rows] / 255, labels[rows], truth[rows], ramp)
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
 
 
-def prepare(folder, out):
-    """What all runs share, made once: a list of photos to train on, and the synthetic set."""
-    train_list = out / "train.csv"
-    with hold(out / "prepare.lock"):                     # others wait
-        if train_list.exists():
-            return train_list
-        photos = sorted(Path(folder).resolve().iterdir())
-        pairs = synthesis.PairSet(photos[::16], size=192, count=100, seed=1)
-        synthesis.write(pairs, out / "synthetic")
-        lines = [f'"{photo}",0' for i, photo in enumerate(photos) if i % 8]
-        train_list.write_text("\n".join(["image,label", *lines]), encoding="utf-8")
-    return train_list
+def measure(model, pictures):
+    """Frozen, test set -> the number of each of METRICS."""
+    texts = []
+    hook = model.ecpl.register_forward_hook(lambda module, inputs, text: texts.append(text[0]))
+    summary, _ = evaluate(model, pictures)
+    hook.remove()
+    # text change: how much the text differs between windows, 0 if prompts read no picture
+    texts = torch.stack(texts).double()                                        # (n, C, D)
+    directions = F.normalize(texts[:, 1] - texts[:, 0], dim=-1)                # (n, D)
+    apart = 1 - directions @ directions.T                                      # (n, n)
+    n = len(texts)
+    summary["text_change"] = apart.sum().item() / (n * n - n)
+    return [summary[metric] for metric in METRICS]
 
 
-def fit(tower, tune, variant, seed, train_list, folder, args):
-    """Train a variant -> an infer.SAPL, in fp32: bf16 rounds small differences of text."""
-    kind, hecl = VARIANTS[variant]
-    rank = 8 if tune == "lora" else 0
-    config = train.Config(synthesize=str(train_list), out=str(folder), clip=tower, lora_rank=rank,
-                          hecl=hecl, seed=int(seed), size=args.size, count=args.count, epochs=1,
-                          val=0.02, workers=0)
-    shutil.rmtree(folder, ignore_errors=True)            # of a run that did not end
-    with mock.patch.object(ecpl, "ECPL", kind):          # SAPL makes its prompts with this class
-        model = infer.SAPL.load(train.train(config), precision="fp32")
-    shutil.rmtree(folder)
-    return model
-
-
-@torch.no_grad()
-def text_change(model, pictures):
-    """How much the text features of two pictures differ: 1 - cosine of their t_1 - t_0, mean over
-    all pairs of pictures; 0 if prompts read no picture."""
-    found = []
-    for picture in pictures:
-        image = model.view(data.open_image(picture.path))[None]                # (1, 3, H, W)
-        text = model(image.to(model.bias.device)).text                         # (1, C, D)
-        found.append(text[0, 1] - text[0, 0])
-    directions = F.normalize(torch.stack(found).double(), dim=-1)              # (n, D)
-    apart = (1 - directions @ directions.T).clamp(min=0)                       # (n, n)
-    return apart.sum().item() / (len(found) ** 2 - len(found))
-
-
-def measure(model, name, pictures, key, out):
-    """Measure a trained variant on a set, add a row to runs.csv."""
-    summary, _ = evaluate(model, pictures, raw=True)
-    genuine = [picture for picture in pictures if picture.label == 0]
-    summary["text_change"] = text_change(model, genuine[:32])
-    row = [name, *key] + [f"{summary[metric]:.6f}" for metric in METRICS]
-    print(" | ".join(row), flush=True)
-    with hold(out / "runs.csv") as file:
-        writer = csv.writer(file)
-        if file.seek(0, os.SEEK_END) == 0:
-            writer.writerow((*KEY, *METRICS))
-        writer.writerow(row)
-
-
-def read(out):
-    """runs.csv as {(set, tower, tune, variant, seed): [number of each of METRICS]}."""
-    found = {}
-    with hold(out / "runs.csv") as file:
-        file.seek(0)
-        for row in csv.DictReader(file):
-            key = tuple(row[name] for name in KEY)
-            found[key] = [float(row[metric]) for metric in METRICS]
-    return found
+def read(file):
+    """runs.csv -> {(variant, splices, seed): [number of each of METRICS]}."""
+    if not file.exists():
+        return {}
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {tuple(row[name] for name in KEY): [float(row[metric]) for metric in METRICS]
+            for row in rows}
 
 
 def less_plain(found):
-    """Each row less the plain prompt's of the same set, tower, tune and seed."""
+    """Each row less the plain prompt's with the same splices and seed."""
     differences = {}
-    for key, numbers in found.items():
-        plain = found.get((*key[:3], PLAIN, key[4]))
-        if plain and key[3] != PLAIN:
-            differences[key] = [own - base for own, base in zip(numbers, plain)]
+    for (variant, splices, seed), numbers in found.items():
+        plain = found.get((PLAIN, splices, seed))
+        if plain and variant != PLAIN:
+            pairs = zip(numbers, plain)
+            differences[variant, splices, seed] = [own - base for own, base in pairs]
     return differences
 
 
-def spread(numbers, form):
-    """Mean and, of several, standard deviation, as text."""
-    if len(numbers) == 1:
-        return format(numbers[0], form)
-    return f"{statistics.mean(numbers):{form}} ± {statistics.stdev(numbers):.4f}"
-
-
 def print_table(title, found, form):
-    """A Markdown table of means over the seeds."""
-    print(f"\n| set | tower | tune | {title} | seeds | {' | '.join(METRICS)} |")
-    print("|---" * (5 + len(METRICS)) + "|")
-    keys = sorted(found, key=lambda key: (*key[:3], list(VARIANTS).index(key[3])))
-    for group, of_group in itertools.groupby(keys, key=lambda key: key[:4]):
-        rows = [found[key] for key in of_group]
-        cells = [spread(column, form) for column in zip(*rows)]
-        print(f"| {' | '.join(group)} | {len(rows)} | {' | '.join(cells)} |")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--clip", nargs="+", required=True, help="files of CLIP weights")
-    parser.add_argument("--photos", required=True, help="folder of genuine photos")
-    parser.add_argument("--composites", metavar="SET", help="labelled set with masks, to measure")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--count", type=int, default=6144, help="pictures of a run")
-    parser.add_argument("--size", type=int, default=train.Config.size, help="their pixels")
-    parser.add_argument("--tune", nargs="+", choices=("none", "lora"), default=["none", "lora"])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for tower in args.clip:
-        if train.is_sapl(tower):
-            parser.error(f"found {tower}, a trained SAPL, expected weights of a CLIP alone")
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    train_list = prepare(args.photos, args.out)
-    sets = {"synthetic": data.read_set(args.out / "synthetic")[0]}
-    if args.composites:
-        sets["composites"] = data.read_set(args.composites)[0]
-
-    keys = itertools.product(args.clip, args.tune, args.only, map(str, args.seeds))
-    for key in sorted(keys, key=lambda key: key[3]):     # a seed of all before the next
-        folder = args.out / re.sub(r"\W+", "_", "-".join(key))
-        try:
-            lock = hold(f"{folder}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:                          # another process makes this run
-            continue
-        with lock:
-            found = read(args.out)
-            if all((name, *key) in found for name in sets):
-                continue
-            model = fit(*key, train_list, folder, args)
-            for name, pictures in sets.items():
-                measure(model, name, pictures, key, args.out)
-    found = read(args.out)
-    print_table("variant", found, ".4f")
-    print_table(f"variant, less the {PLAIN}", less_plain(found), "+.4f")
-
-
-if __name__ == "__main__":
-    main()
+    """A Markdown table: mean ± standard deviation over the seeds."""
+    print(f"\n| {title} | splices | seeds | {' | '.join(METRICS)} |")
+    print("|---" * (3 + len(METRICS)) + "|")
+    for variant, splices in itertools.product(VARIANTS, ("no", "yes")):
+        rows = [row for key, row in found.items() if key[:2] == (variant, splices)]
+        cells = []
+        for numbers in zip(*rows):
+            text = format(statistics.mean(numbers), form)
+            if len(numbers) > 1:
+                text += f" ± {statistics.stdev(numbers):.4f}"
+            cells.append(text)
+        if rows:
+            print(f"| {variant} | {splices} | {len(rows)} | {' | '.join(cells)} |")
