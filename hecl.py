@@ -2,8 +2,8 @@
 
 After SAPL (arXiv 2601.06222); ecpl.py explains the words in brackets. Genuine and manipulated edge
 patches are extracted and contrasted [abstract], with a dual queue [digest]. How patches are chosen,
-the loss, the features and the meaning of "hierarchical" are ours: every level of the image tower has
-its own head and queues. HECL is used in training only.
+the loss, the features and the meaning of "hierarchical" are ours: every level of the image tower
+has its own head and queues. HECL is used in training only.
 
 Why contrast? A classifier may separate the classes by any cue that works on the training pictures.
 Contrast asks for more: patches of one class, taken from many pictures, should resemble each other
@@ -170,8 +170,8 @@ def demo():
     truth[3, :6] = 1                                     # splices: known by construction
     truth[7, :6] = 1
     chosen, known = select(edges, logits, truth, share=0.5, top=2)
-    print("8 pictures of 16 patches; the 8 with the strongest edges are edge patches. Chosen: the 2\n"
-          "that are or look most manipulated, then the 2 that look least so (class 1, 0, ? unknown):")
+    print("8 pictures of 16 patches; the 8 with the strongest edges are edge patches. Chosen: the\n"
+          "2 that are or look most manipulated, then the 2 that look least so (class 1, 0, or ?):")
     kinds = ("genuine", "labelled", "genuine", "splice")
     for kind, patches, classes in zip(kinds, chosen.tolist(), known.tolist()):
         shown = [f"{patch:2} ({'01?'[c]})" for patch, c in zip(patches, classes)]

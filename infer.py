@@ -363,6 +363,9 @@ def main(arguments=None):
             print(f"error: {error}", file=sys.stderr)
             return 2
         return run(args.out, *job)
+    except OSError as error:                         # of results.csv or report.html
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: what is done is kept", file=sys.stderr)
         return 130

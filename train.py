@@ -18,7 +18,7 @@ Three lessons about weak labels:
    pixels (data.view), and the score of a held-out picture is the one that infer.py gives.
 2. A window inherits the label of its picture, although it can miss the manipulated region. So
    the windows of large pictures are aimed at what looks most manipulated (`aim`).
-3. In many sets compression tells the classes apart. So all pictures are worn alike (synthesis.wear).
+3. In many sets compression reveals the class. So all pictures are worn alike (synthesis.wear).
 
 Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
 """
@@ -113,6 +113,8 @@ def resume(arguments):
                        "out to start one, or name its --out")
     state = infer.load_checkpoint(last)
 
+    if "settings" not in state:
+        raise BadInput(f"found {last} without the state of a run, expected a last.pt: start anew")
     # words of the command line replace stored settings; defaults do not
     stored = state["settings"]
     args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
@@ -138,7 +140,11 @@ def read_pictures(args, held_out):
     pictures, report = data.read_set(args.data, masks=False, decode=True)
     for problem in report.problems:
         print(f"note: {problem}", file=sys.stderr)
-    pictures = [p._replace(label=p.label or 0) for p in pictures]    # no label: genuine photos
+    large = [p for p in pictures if min(data.picture_size(p.path)[0]) >= infer.MIN_SIDE]
+    if len(large) < len(pictures):
+        print(f"note: left out {len(pictures) - len(large)} pictures with a side below "
+              f"{infer.MIN_SIDE} pixels", file=sys.stderr)
+    pictures = [p._replace(label=p.label or 0) for p in large]       # no label: genuine photos
 
     train, val = data.split(pictures, args.val, args.seed)
     if held_out is not None:
@@ -254,8 +260,8 @@ def continue_from(old, args):
     """A SAPL with the weights of another. LoRA's changes are merged into its CLIP."""
     for name in ("zoom", "window"):
         if getattr(args, name) not in (None, old.config[name]):
-            raise BadInput(f"found {flag(name)} {getattr(args, name)}, but --clip {args.clip} keeps "
-                           f"its own ({old.config[name]}): leave it out, or start from a CLIP")
+            raise BadInput(f"found {flag(name)} {getattr(args, name)}, but --clip {args.clip} "
+                           f"keeps its own ({old.config[name]}): leave it out")
     if old.config["lora_rank"] > 0:
         clip.merge_lora(old.clip)
         old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
@@ -356,11 +362,7 @@ def calibrate(model, genuine):
     pixels = []
     scores = []
     for path in genuine:
-        try:
-            map, score = infer.logits_of(model, data.open_image(path))
-        except BadInput as error:                        # too small to judge
-            print(f"note: not used to calibrate: {path}: {error}", file=sys.stderr)
-            continue
+        map, score = infer.logits_of(model, data.open_image(path))
         scores.append(score.item())
         # 200 quantiles of each picture, so that all pictures count the same
         pixels.append(np.quantile(map.numpy(), np.arange(1, 201) / 200, method="higher"))
@@ -539,7 +541,8 @@ def aim(run):
             grid = infer.patch_logits(run.model, view, looks=1)                # (h, w)
             peak = int(ecpl.smooth(grid[None]).argmax())
             row, column = divmod(peak, grid.shape[1])
-            found[str(picture.path)] = (row * run.model.cell, column * run.model.cell)
+            cell = run.model.cell
+            found[str(picture.path)] = (row * cell + cell // 2, column * cell + cell // 2)
     run.model.train()
 
     parts = [found]
@@ -643,7 +646,8 @@ def main(arguments=None):
         train(run)
         return 0
     except (BadInput, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        last = str(error).strip().rpartition("\n")[2]    # a worker sends its whole traceback
+        print(f"error: {last.removeprefix('data.BadInput: ')}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: found too little memory on the GPU: lower --batch, --splices or --window",

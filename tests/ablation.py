@@ -2,20 +2,16 @@
 
     python tests/ablation.py --train SET --test SET [--clip tiny] [--out runs/ablation]
 
-1. Once: windows of the training set and as many splices are made (OUT/windows.pt), and the tower
-   is asked about each of them and about what infer.py shows it of the test set (OUT/features).
-2. Each run trains new heads with train.Objective, for as many epochs as train.py, and appends a row
-   to OUT/runs.csv. Runs of one seed have the same pictures, in the same order.
-3. Two Markdown tables: means over the seeds, and differences to the plain prompt of the same seed.
-
-Unlike in train.py, windows of large pictures are random ones, and the last epoch counts, not the
-best. Finished runs are not made again. About 1.5 MB of disk for each window of 256 pixels.
+Each run is a training of train.py with its defaults, but with new heads, so that no variant has a
+head start, and all runs see the same images in the same order. So the tower reads each image once,
+during the first runs; its features stay in --out, 1.5 MB for a window of 256 pixels. Seeds differ
+in the first weights of the heads. Windows of large pictures are not aimed, as that depends on the
+heads, and the last epoch is measured, not the best. Finished runs are not made again.
 """
 import argparse
 import csv
 import hashlib
 import itertools
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,33 +23,26 @@ sys.path.insert(0, str(ROOT))
 import numpy as np                                              # noqa: E402 (path first)
 import torch                                                    # noqa: E402
 import torch.nn.functional as F                                 # noqa: E402
-from torch.utils.data import DataLoader                         # noqa: E402
 
+import clip                                                     # noqa: E402
 import data                                                     # noqa: E402
 import ecpl                                                     # noqa: E402
-import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 from evaluate import evaluate                                   # noqa: E402
-from hecl import HECL                                           # noqa: E402
 
-PASSES = 2                 # over the training set: how many windows of each picture are kept
-KEY = ("variant", "splices", "seed")                            # columns of runs.csv
+KEY = ("train", "test", "tower", "variant", "splices", "seed")          # columns of runs.csv
 METRICS = ("image_auc", "pixel_auc", "pixel_f1_at_7", "text_change")
 
 
 # -------------------------------------------------------------------------------------- variants
 
 class NoText(ecpl.ECPL):
-    """Two learned class vectors instead of text features."""
-
-    def __init__(self, clip_model, **sizes):
-        super().__init__(clip_model, **sizes)
-        D = clip_model.visual.proj.shape[1]
-        own = torch.Generator().manual_seed(torch.initial_seed())    # other heads start alike
-        self.vectors = torch.nn.Parameter(torch.randn(len(ecpl.CLASSES), D, generator=own))
+    """Two learned class vectors: the mean context token of each class, without the text tower."""
 
     def forward(self, clip_model, levels, edges, h, w):
-        return F.normalize(self.vectors, dim=-1)[None]                         # (1, C, D)
+        token = self.context.mean(dim=1)                                       # (C, Dt)
+        vectors = token @ clip_model.text_projection                           # (C, D)
+        return F.normalize(vectors, dim=-1)[None]                              # (1, C, D)
 
 
 class PlainPrompt(ecpl.ECPL):
@@ -72,160 +61,152 @@ class PatchPrompt(ecpl.ECPL):
 
 
 PLAIN = "plain prompt"
-VARIANTS = {                                             # {name: (module, uses HECL)}
-    "no text": (NoText, False),
-    PLAIN: (PlainPrompt, False),
-    "prompts that read patches": (PatchPrompt, False),
-    "ECPL": (ecpl.ECPL, False),
-    "ECPL and HECL": (ecpl.ECPL, True)}
+VARIANTS = {                                             # {name: (module, words for train.py)}
+    "no text": (NoText, ["--hecl", "0"]),
+    PLAIN: (PlainPrompt, ["--hecl", "0"]),
+    "prompts that read patches": (PatchPrompt, ["--hecl", "0"]),
+    "ECPL": (ecpl.ECPL, ["--hecl", "0"]),
+    "ECPL and HECL": (ecpl.ECPL, []),
+}
 
 
-# -------------------------------------------------------------------------------------- features
+# ----------------------------------------------------------------------------------------- a run
 
 class Frozen(ecpl.SAPL):
-    """SAPL whose tower is asked once about each image; the answer is kept as a file in `folder`."""
+    """SAPL whose tower reads each image once; features are kept in `folder`, in half precision."""
 
-    folder = None
+    def __init__(self, clip_model, config, folder):
+        super().__init__(clip_model, config)
+        self.folder = folder
 
     def read(self, image):
-        """As in ecpl.SAPL, rounded to half precision."""
-        kept = np.stack([self.recall(x) for x in image])         # (B, N, L * Dv + D + 1)
+        """See ecpl.SAPL."""
+        kept = np.stack([self.recall(x) for x in image])                       # (B, N, K)
         kept = torch.from_numpy(kept).to(image.device).float()
         Dv, D = self.clip.visual.proj.shape
-        widths = [Dv] * len(self.config["levels"]) + [D, 1]
+        widths = [Dv] * len(self.config["levels"]) + [D, 1]                    # their sum is K
         *levels, dense, edges = kept.split(widths, dim=2)
         return levels, dense, edges[..., 0]                      # [(B, N, Dv)], (B, N, D), (B, N)
 
     def recall(self, image):
-        """image (3, H, W) -> what its patches have: levels, dense features, edges, in a row."""
-        pixels = (255 * image).round().byte().cpu().numpy()                    # (3, H, W)
-        digest = hashlib.sha1(pixels.tobytes()).hexdigest()
-        _, H, W = pixels.shape
-        file = self.folder / f"{H}x{W}-{digest}.npy"
+        """image (3, H, W) -> (N, K): levels, dense features and edges side by side."""
+        digest = hashlib.sha1(image.cpu().numpy()).hexdigest()
+        file = self.folder / f"{digest}-{image.shape[1]}.npy"
         if not file.exists():
             with torch.no_grad():
                 levels, dense, edges = super().read(image[None])
-            features = torch.cat([*levels, dense, edges[..., None]], dim=2)    # (1, N, ..)
+            features = torch.cat([*levels, dense, edges[..., None]], dim=2)    # (1, N, K)
             part = file.with_suffix(".part.npy")
             np.save(part, features[0].half().cpu())
             part.replace(file)                           # never half a file under this name
-        return np.load(file)                                                   # (N, ..)
+        return np.load(file)
 
 
-def frozen(tower, config, kind, folder):
-    """A Frozen with new heads, of which `kind` makes the prompts."""
-    with mock.patch.object(ecpl, "ECPL", kind):          # SAPL makes its prompts with this class
-        model = Frozen(tower, config)
-    model.folder = folder
-    return model.to(tower.visual.proj.device)
+def fit(base, folder, kind, splices, seed, words):
+    """Train the tower of `base` with new heads -> Frozen. words: the command line of train.py."""
+    def make_model(args):
+        torch.manual_seed(int(seed))
+        with mock.patch.object(ecpl, "ECPL", kind):
+            return Frozen(base.clip, base.config, folder)
 
+    args = train.make_parser().parse_args(words)
+    with mock.patch.object(train, "make_model", make_model):
+        run = train.Run(args, None)
+    objective = train.Objective(run.model, run.hecl, args.hecl, run.labels).to(run.device)
 
-def make_windows(model, pictures):
-    """Worn windows as in training -> (images (2n, 3, S, S) uint8, labels (2n,), truth (2n, N)),
-    n labelled ones, then n splices; see train.make_batch. Their features are kept."""
-    windows = data.TrainingSet(pictures, max_side=model.config["max_side"], cell=model.cell,
-                               window=model.config["window"], seed=0)
-    genuine = np.flatnonzero([picture.label == 0 for picture in pictures])
-    half = argparse.Namespace(batch=16, splices=16)
-    rng = np.random.default_rng(0)
-    torch.manual_seed(0)
-    labelled = []
-    splices = []
-    for windows.epoch in range(PASSES):
-        plan = train.plan_epoch(len(pictures), genuine, half, rng)
-        for pixels, labels in DataLoader(windows, batch_sampler=plan.tolist()):
-            pixels = pixels.to(model.bias.device)
-            labels = labels.to(model.bias.device)
-            image, labels, truth = train.make_batch(pixels, labels, 16, model.cell, rng)
-            with model.autocast():
-                model.read(image)
-            image = (255 * image).round().byte()
-            batch = [x.cpu() for x in (image, labels, truth)]
-            labelled.append([x[:16] for x in batch])
-            splices.append([x[16:] for x in batch])
-            print(f"{32 * len(splices)} windows", end="\r", file=sys.stderr)
-    return [torch.cat(column) for column in zip(*labelled, *splices)]
+    def losses_of(image, labels, truth, ramp):
+        n = len(image) if splices == "yes" else args.batch         # splices come last
+        return objective(image[:n], labels[:n], truth[:n], ramp)
 
-
-# ------------------------------------------------------------------------------------------ runs
-
-def fit(model, use_hecl, windows, args):
-    """Train the heads as train.py does. windows: of `make_windows`; args: train.py's settings."""
-    model.train()
-    images, labels, truth = windows
-    count = len(images) // 2                             # labelled ones; the rest are splices
-    D = model.clip.visual.proj.shape[1]
-    hecl = HECL(levels=len(model.config["levels"]), width=D, **train.HECL_SIZES)
-    hecl.requires_grad_(use_hecl)
-    weight = args.hecl if use_hecl else 0.0
-    objective = train.Objective(model, hecl, weight, labels[:count].numpy()).to(images.device)
-    weights = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = train.make_optimizer(weights, model.depths.parameters())
-
-    rng = np.random.default_rng(args.seed)
-    plans = [train.plan_epoch(count, np.arange(count), args, rng)
-             for _ in range(args.epochs // PASSES)]      # of windows: PASSES of them each
-    plan = np.concatenate(plans)                                               # (steps, ..)
-    for step, rows in enumerate(plan, start=1):
-        done = step / len(plan)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * train.learning_rate(done) * group["times"]
-        ramp = min(1, done / 0.05)
-        losses = objective(images[rows] / 255, labels[rows], truth[rows], ramp)
-        losses[0].backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
+    for epoch in range(args.epochs):
+        loss, *_ = train.train_epoch(run, losses_of, epoch)
+        print(f"epoch {epoch + 1}, loss {loss:.3f}", end="\r", file=sys.stderr)
+    return run.model.eval()
 
 
 def measure(model, pictures):
-    """Frozen, test set -> the number of each of METRICS."""
+    """The number of each of METRICS. Text change: 1 - cosine of the directions from "genuine" to
+    "manipulated", mean over all pairs of test windows; 0 if prompts read no picture."""
     texts = []
     hook = model.ecpl.register_forward_hook(lambda module, inputs, text: texts.append(text[0]))
     summary, _ = evaluate(model, pictures)
     hook.remove()
-    # text change: how much the text differs between windows, 0 if prompts read no picture
+
     texts = torch.stack(texts).double()                                        # (n, C, D)
     directions = F.normalize(texts[:, 1] - texts[:, 0], dim=-1)                # (n, D)
     apart = 1 - directions @ directions.T                                      # (n, n)
-    n = len(texts)
+    n = len(apart)
     summary["text_change"] = apart.sum().item() / (n * n - n)
-    return [summary[metric] for metric in METRICS]
+    return np.array([summary[metric] for metric in METRICS], float)            # None becomes NaN
 
 
-def read(file):
-    """runs.csv -> {(variant, splices, seed): [number of each of METRICS]}."""
-    if not file.exists():
-        return {}
+def read(file, start):
+    """Rows of runs.csv that begin with `start` -> {(variant, splices, seed): numbers (4,)}."""
     with open(file, newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    return {tuple(row[name] for name in KEY): [float(row[metric]) for metric in METRICS]
-            for row in rows}
+        rows = [row for row in csv.reader(lines) if row[:3] == start]
+    return {tuple(row[3:6]): np.array(row[6:], float) for row in rows}
 
 
-def less_plain(found):
-    """Each row less the plain prompt's with the same splices and seed."""
-    differences = {}
-    for (variant, splices, seed), numbers in found.items():
-        plain = found.get((PLAIN, splices, seed))
-        if plain and variant != PLAIN:
-            pairs = zip(numbers, plain)
-            differences[variant, splices, seed] = [own - base for own, base in pairs]
-    return differences
-
-
-def print_table(title, found, form):
+def print_table(title, found):
     """A Markdown table: mean ± standard deviation over the seeds."""
     print(f"\n| {title} | splices | seeds | {' | '.join(METRICS)} |")
     print("|---" * (3 + len(METRICS)) + "|")
-    for variant, splices in itertools.product(VARIANTS, ("no", "yes")):
-        rows = [row for key, row in found.items() if key[:2] == (variant, splices)]
-        cells = []
-        for numbers in zip(*rows):
-            text = format(statistics.mean(numbers), form)
-            if len(numbers) > 1:
-                text += f" ± {statistics.stdev(numbers):.4f}"
-            cells.append(text)
+    for group in itertools.product(VARIANTS, ("no", "yes")):
+        rows = [numbers for key, numbers in found.items() if key[:2] == group]
         if rows:
-            print(f"| {variant} | {splices} | {len(rows)} | {' | '.join(cells)} |")
+            mean = np.mean(rows, axis=0)                                       # (4,)
+            spread = np.std(rows, axis=0, ddof=min(1, len(rows) - 1))          # (4,)
+            cells = [f"{m:.4f} ± {s:.4f}" for m, s in zip(mean, spread)]
+            print(f"| {' | '.join(group)} | {len(rows)} | {' | '.join(cells)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--train", required=True, metavar="SET", help="folder or list, with labels")
+    parser.add_argument("--test", required=True, metavar="SET", help="the same, with masks")
+    parser.add_argument("--clip", default="tiny", help="as of train.py")
+    parser.add_argument("--out", default="runs/ablation")
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    args = parser.parse_args()
+    words = ["--data", args.train, "--clip", args.clip, "--out", args.out, "--lora-rank", "0"]
+    try:
+        base = train.Run(train.make_parser().parse_args(words), None).model
+        pictures, _ = data.read_set(args.test)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+    file = Path(clip.TINY if args.clip == "tiny" else args.clip)
+    tower = clip.sha256_of(file)[:12] if file.is_file() else args.clip
+    folder = Path(args.out, tower)
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = Path(args.out, "runs.csv")
+    if not runs.exists():
+        runs.write_text(",".join(KEY + METRICS) + "\n", encoding="utf-8")
+
+    start = [args.train, args.test, tower]
+    for key in itertools.product(args.seeds, args.only, ("no", "yes")):
+        seed, variant, splices = key
+        if (variant, splices, seed) in read(runs, start):
+            continue
+        began = time.time()
+        kind, more = VARIANTS[variant]
+        model = fit(base, folder, kind, splices, seed, words + more)
+        trained = time.time()
+        numbers = measure(model, pictures)
+        print(variant, splices, seed, numbers.round(4), f"trained in {trained - began:.0f} s,"
+              f" measured in {time.time() - trained:.0f} s", flush=True)
+        with open(runs, "a", newline="", encoding="utf-8") as lines:
+            csv.writer(lines).writerow([*start, variant, splices, seed, *numbers])
+
+    found = read(runs, start)
+    print_table("variant", found)
+    less = {}
+    for (variant, splices, seed), numbers in found.items():
+        if variant != PLAIN and (PLAIN, splices, seed) in found:
+            less[variant, splices, seed] = numbers - found[PLAIN, splices, seed]
+    print_table(f"variant, less the {PLAIN}", less)
+
+
+if __name__ == "__main__":
+    main()

@@ -519,6 +519,16 @@ def test_a_training_item_is_a_window_of_the_view_mirrored_in_half_of_the_cases(t
     assert len(seen) > 30
 
 
+def test_a_window_contains_the_pixel_that_it_is_aimed_at(tmp_path):
+    image = Image.new("RGB", (64, 48))                       # its own view
+    image.putpixel((31, 2), (255, 255, 255))
+    items = training_set([data.Picture(save(tmp_path / "1.png", image), 1)])
+    items.aims = {str(tmp_path / "1.png"): (2, 31)}
+    for items.epoch in range(40):
+        assert items[0][0].max() == 255
+    assert any(items[index][0].max() == 0 for index in range(1, 40))           # are not aimed
+
+
 def test_a_smaller_picture_is_padded_by_reflection(tmp_path):
     window, _ = training_set([data.Picture(save(tmp_path / "1.png"), 0)], window=90)[0]
     view = (255 * data.view(photo(), 64, 8)).round().byte()                  # (3, 48, 64)
@@ -531,7 +541,6 @@ def test_a_smaller_picture_is_padded_by_reflection(tmp_path):
 def test_chance_comes_from_seed_epoch_and_index_alone(tmp_path):
     pictures = [data.Picture(save(tmp_path / f"{i}.png", photo(i)), i % 2) for i in range(4)]
     items = training_set(pictures)
-    assert len(items) == 4
     first = torch.stack([items[i][0] for i in range(4)])
     for workers in (0, 2):
         loader = torch.utils.data.DataLoader(items, batch_size=4, num_workers=workers)

@@ -154,16 +154,15 @@ def test_the_map_is_what_the_network_says_of_the_view(size):
     model = make_model()                                     # max_side 128
     picture = mini.photo(*size)                              # whole patches; padded; reduced
     view = data.view(picture, 128, 16)
-    with torch.inference_mode():
-        output = model(view[None])
-    grid = ecpl.smooth(output.logits - output.logits.mean())                   # (1, h, w)
+    grid = infer.patch_logits(model, view)[None]                               # (1, h, w)
+    score = ecpl.pool_score(grid.flatten(1), model.config["rho"]) - model.score_shift  # (1,)
+    grid = ecpl.smooth(grid - grid.mean())                                     # (1, h, w)
     map = F.interpolate(grid[None], view.shape[1:], mode="bilinear")           # (1, 1, H', W')
     width, height = data.reduced_size(size, 128)
     map = F.interpolate(map[..., :height, :width], size[::-1], mode="bilinear")[0, 0]  # (H, W)
-    score = (output.score[0] - model.score_shift).sigmoid().item()
     result = infer.localize(model, picture)
     assert np.allclose(result.map, (map - model.map_shift).sigmoid().numpy(), atol=1e-5)
-    assert result.score == pytest.approx(score, abs=1e-5)
+    assert result.score == pytest.approx(score.sigmoid().item(), abs=1e-5)
     assert result.map.dtype == np.float32 and np.array_equal(result.mask, result.map > 0.5)
     assert 0 < result.area < 1 and result.area == pytest.approx(result.mask.mean())
     assert result.decision == ("manipulated" if result.score > 0.5 else "genuine")
@@ -182,21 +181,26 @@ def test_any_size_is_answered_but_what_has_nothing_to_compare():
         infer.localize(model, mini.photo(64, 64))
 
 
-def test_windows_are_averaged_and_leave_no_gap():
+def test_each_window_is_judged_twice_the_second_time_mirrored():
     model = make_model(window=64)
-    image = torch.rand(3, 64, 112)
+    image = torch.rand(3, 64, 112)                           # windows of 4 and of 3 patches
+    expected = []
     with torch.inference_mode():
-        left = model(image[None, :, :, :64]).logits[0]                         # (4, 4)
-        right = model(image[None, :, :, 48:]).logits[0]                        # (4, 4)
-    both = (left[:, 3:] + right[:, :1]) / 2                                    # (4, 1)
-    expected = torch.cat([left[:, :3], both, right[:, 1:]], dim=1)             # (4, 7)
-    assert torch.allclose(infer.patch_logits(model, image), expected, atol=1e-5)
-    small = image[:, :, :64]                                 # no larger than a window
-    assert torch.allclose(infer.patch_logits(model, small), left, atol=1e-5)
-    for length in range(1, 40):
-        begins = infer.starts(length, 8)
-        assert begins[0] == 0 and begins[-1] + 8 == max(8, length)
-        assert all(b - a <= 6 for a, b in zip(begins, begins[1:]))             # a quarter overlaps
+        for window in (image[None, ..., :64], image[None, ..., 64:]):
+            straight = model(window).logits                                    # (1, 4, columns)
+            mirrored = model(window.flip(3)).logits.flip(2)                    # (1, 4, columns)
+            expected.append(torch.cat([straight, (straight + mirrored) / 2]))  # (2, 4, columns)
+    for looks, grid in enumerate(torch.cat(expected, dim=2), start=1):         # (4, 7)
+        assert torch.allclose(infer.patch_logits(model, image, looks), grid, atol=1e-5)
+
+
+def test_tiles_are_few_equal_and_leave_no_gap():
+    for length in range(1, 200):
+        for size in (1, 3, 8, 32):
+            starts, ends = zip(*infer.tiles(length, size))
+            sides = np.subtract(ends, starts)
+            assert (0, *ends) == (*starts, length) and (len(sides) - 1) * size < length
+            assert max(sides) <= size and max(sides) - min(sides) <= 1
 
 
 def test_bf16_and_fp32_agree(checkpoint):

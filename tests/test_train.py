@@ -72,7 +72,8 @@ def reference(place):
 
 
 @pytest.mark.parametrize("patch, stem, zoom, tuned", [
-    (16, (), 2, True), (32, (), 4, True), (14, (), 2, True), (16, (4, 4, 4), 2, False)])
+    (16, (), 2, True), (32, (), 4, True), (14, (), 2, True), (4, (), 1, True),
+    (16, (4, 4, 4), 2, False)])
 def test_defaults_of_a_start_from_a_clip(place, monkeypatch, patch, stem, zoom, tuned):
     monkeypatch.setattr(clip, "load", lambda name: mini.mini_clip(patch, stem))
     config = train.make_model(settings(place, zoom=None, window=None)).config
@@ -118,6 +119,7 @@ def test_gradients_reach_our_modules_alone(place, rank):
 def test_200_genuine_and_3_manipulated_pictures_start_with_any_seed(place, monkeypatch):
     pictures = [data.Picture(Path(f"{i}.png"), int(i >= 200)) for i in range(203)]
     monkeypatch.setattr(data, "read_set", lambda *_, **__: (pictures, data.Report("folders", [])))
+    monkeypatch.setattr(data, "picture_size", lambda path: ((64, 64), 1))
     for seed in range(30):
         for part in train.read_pictures(settings(place, seed=seed, val=0.15), None):
             assert {p.label for p in part} == {0, 1}
@@ -164,18 +166,19 @@ def unworn(monkeypatch):
 
 def test_what_is_known_of_each_patch(monkeypatch, unworn):
     def splice(photo, donor, rng):
-        region = torch.zeros(3, 64, 64)
+        region = torch.zeros(4, 64, 64)
         region[:, :16, :30] = 1                              # a patch, and most of the next one
         region[:, 16:18, :9] = 1                             # 7 % of one below
-        return synthesis.Splices(donor, region, torch.tensor([True, False, True]), [], [])
+        region[3, :, 8:] = 0                                 # fills no patch
+        return synthesis.Splices(donor, region, torch.tensor([True, False, True, True]), [], [])
 
     monkeypatch.setattr(synthesis, "splice", splice)
-    windows, image, labels, truth = make_batch([0, 1], splices=3)
+    windows, image, labels, truth = make_batch([0, 1], splices=4)
     spliced = [1, 1, 0, 0, -1] + [0] * 11
-    assert truth.tolist() == [[0] * 16, [-1] * 16, spliced, [0] * 16, spliced]
-    assert labels.tolist() == [0, 1, 1, 0, 1]
-    # donors are other pictures; the splice that nobody can see stays as it was
-    assert torch.equal(image, windows[[0, 1, 4, 3, 3]] / 255)
+    assert truth.tolist() == [[0] * 16, [-1] * 16, spliced, [0] * 16, spliced, [0] * 16]
+    assert labels.tolist() == [0, 1, 1, 0, 1, 0]
+    # donors are other pictures; a splice that is invisible or too small stays as it was
+    assert torch.equal(image, windows[[0, 1, 5, 3, 3, 5]] / 255)
 
 
 def test_patches_known_as_genuine_are_untouched(unworn):
@@ -237,7 +240,8 @@ def test_genuine_photos_alone_train_and_validate_on_splices(place, tmp_path):
     assert train.main(words(place, tmp_path, data=photos)) == 0
     assert all(row["patch_loss"] > 0 for row in saved(place, tmp_path)["history"])
     _, held_out = train.read_pictures(settings(place, data=photos), None)
-    judged, again = (train.validation_pictures(held_out, 64) for _ in range(2))
+    sizes = {"max_side": 60, "cell": 16, "window": 64}
+    judged, again = (train.validation_pictures(held_out, sizes) for _ in range(2))
     labels = [label for _, label in judged]
     assert labels[:4] == [0] * 4 and set(labels[4:]) == {1}
     assert judged == again
@@ -247,12 +251,12 @@ def test_windows_of_large_pictures_are_aimed_at_their_most_suspicious_patch(plac
     run = make_run(place)
     train.aim(run)
     large = {}
-    for i, picture in enumerate(run.train_set.pictures):
+    for picture in run.train_set.pictures:
         image = data.open_image(picture.path)
         if max(image.size) > 64:
             grid = infer.patch_logits(run.model, data.view(image, 512, 16), looks=1)
             row, column = divmod(ecpl.smooth(grid[None]).argmax().item(), grid.shape[1])
-            large[i] = (16 * row, 16 * column)
+            large[str(picture.path)] = (16 * row + 8, 16 * column + 8)
     assert run.train_set.aims == large != {}
 
 
@@ -316,8 +320,8 @@ class Killed(BaseException):
     """Stands for kill -9: nothing of ours catches it."""
 
 
-def not_a_number(objective, *_):
-    objective.model.bias.data.fill_(torch.nan)
+def not_a_number(owner, *_):
+    getattr(owner, "model", owner).bias.data.fill_(torch.nan)
 
 
 def half_written(path, content):
@@ -351,6 +355,8 @@ def test_killed_and_resumed(place, reference, tmp_path, monkeypatch, where, call
     ((train, "calibrate"), 1, mini.failing(KeyboardInterrupt), 130, "interrupted: finished", 2),
     (STEP, 5, mini.failing(torch.OutOfMemoryError), 2, "error: found too little .*--batch", 1),
     (STEP, 5, not_a_number, 2, "error: found loss nan in epoch 2, .*lower --lr", 1),
+    ((train, "validate"), 1, not_a_number, 2, "error: found NaN or infinity", 0),
+    ((data, "open_image"), 33, mini.failing(data.BadInput("a.png: gone")), 2, "error: a.png", 0),
     (WRITE, 3, mini.failing(OSError(28, "full")), 2, "error: cannot write .*full.*--resume", 1),
     ((Path, "touch"), 1, mini.failing(PermissionError(13, "denied")), 2, "error: .*denied", 0)])
 def test_ends(place, tmp_path, monkeypatch, capsys, where, call, action, status, message, epochs):
@@ -363,19 +369,18 @@ def test_ends(place, tmp_path, monkeypatch, capsys, where, call, action, status,
     assert not epochs or len(saved(place, tmp_path)["history"]) == epochs
 
 
-def test_a_finished_run_stays_as_it_is_or_goes_on(place, reference):
-    shutil.copytree(place / "reference", place / "longer")
-    resume = [*words(place, "longer"), "--resume"]
-    assert train.main(resume) == 0                           # finished: nothing changes
+def test_a_finished_run_stays_as_it_is_or_goes_on(place, reference, monkeypatch):
+    monkeypatch.chdir(place)                                 # a run that moved to runs/sapl
+    shutil.copytree("reference", "runs/sapl")
+    assert train.main(["--resume"]) == 0                     # finished: nothing changes
     for name in ("best.pt", "last.pt"):
-        assert same(saved(place, "longer", name), saved(place, "reference", name))
-    assert train.main([*resume, "--epochs", "3"]) == 0
-    *history, _ = saved(place, "longer")["history"]
-    assert same(history, saved(place, "reference")["history"])
+        assert same(saved(place, "runs/sapl", name), saved(place, "reference", name))
+    assert train.main(["--resume", "--epochs", "4"]) == 0    # given, although it is the default
+    history = saved(place, "runs/sapl")["history"]
+    assert len(history) == 4 and same(history[:2], saved(place, "reference")["history"])
 
 
-def test_a_resumed_run_holds_out_the_same_pictures(place, capsys):
-    """Although its folder has changed."""
+def test_a_resumed_run_holds_out_the_same_pictures_of_a_changed_folder(place, capsys):
     folder = place / "changing"
     shutil.copytree(place / "set", folder)
     assert train.main(words(place, "changed", data=folder, epochs=1, splices=0)) == 0
@@ -384,6 +389,7 @@ def test_a_resumed_run_holds_out_the_same_pictures(place, capsys):
     Path(damaged).write_bytes(b"no picture")
     for i in range(9):
         shutil.copy(folder / "au/0.png", folder / f"au/new {i}.png")
+    mini.photo(64, 64).save(folder / f"tp/{Path(held_out[0]).stem}.bmp")     # the same scene
     capsys.readouterr()
     assert train.main(["--out", str(place / "changed"), "--resume", "--epochs", "2"]) == 0
     said = capsys.readouterr()
@@ -404,7 +410,7 @@ def test_two_processes_agree(place):
     def work(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                        "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-        run = train.start(settings(place, "two"))
+        run = train.Run(settings(place, "two"), None)
         train.train(run)
         state = {"model": run.model.state_dict(), "hecl": run.hecl.state_dict()}
         torch.save(state | {"history": run.history}, place / f"rank {rank}.pt")
@@ -437,7 +443,7 @@ def test_two_processes_agree(place):
     ("--data {0}/set/au --splices 0", "found no manipulated picture to train on"),
     ("--out {0}/mini.pt/run", "Not a directory.*mini.pt"),
     ("--out {0}/reference", "found a run in .* add --resume, or choose another --out"),
-    ("--out {0}/reference --resume --lr 0.5", "--lr 0.5, but .* has 0.002"),
+    ("--out {0}/reference --resume --lr 5e-4", "--lr 0.0005, but .* has 0.002"),     # the default
     ("--out {0}/reference --resume --epochs 1", "--epochs 1, but .* has done 2: try --epochs 4"),
     ("--resume", "found no .*wrong/last.pt, expected the last checkpoint of a run")])
 def test_a_wrong_call_is_one_line_before_any_training(place, reference, capsys, wrong, message):

@@ -22,7 +22,6 @@ import pickle
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
