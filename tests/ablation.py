@@ -2,11 +2,11 @@
 
     python tests/ablation.py --train SET --test SET [--clip tiny] [--out runs/ablation]
 
-Each run is train.py's own training with its defaults, but the heads are new, so that no variant has
-a head start, and all runs see the same images in the same order. So the tower reads an image once;
-its features stay in --out, 1.5 MB for a window of 256 pixels. Seeds differ in the first weights of
-the heads. Windows of large pictures are not aimed, as that depends on the heads, and the last epoch
-is measured, not the best. Finished runs (runs.csv) are not made again.
+Each run is a training by train.py with its defaults, but with new heads: no variant has a head
+start. All runs see the same images in the same order, so the tower reads each image only once; its
+features stay in --out, 1.5 MB a window. Seeds differ in the heads' first weights. Large pictures
+have random windows (aiming depends on the heads), and the last epoch is measured, not the best.
+Finished runs stay in runs.csv; other settings of train.py need another --out.
 """
 import csv
 import hashlib
@@ -28,7 +28,6 @@ import ecpl                                                     # noqa: E402
 import train                                                    # noqa: E402
 from evaluate import evaluate                                   # noqa: E402
 
-SPLICES = ("no", "yes")
 METRICS = ["image_auc", "pixel_auc", "pixel_f1_at_7", "text_change"]
 
 
@@ -68,42 +67,40 @@ VARIANTS = {
 
 
 class Frozen(ecpl.SAPL):
-    """SAPL whose tower reads each image once; config["kept"]: the folder of its features."""
+    """SAPL whose tower reads each image once; config["kept"]: folder of its features, as halves."""
 
     def read(self, image):
-        """See ecpl.SAPL; in half precision."""
-        kept = np.stack([self.recall(x) for x in image])                       # (B, N, K)
-        kept = torch.tensor(kept, device=image.device).float()
+        kept = torch.stack([self.recall(x) for x in image])                    # (B, N, K)
         D = self.clip.visual.proj.shape[1]
-        levels, dense, edges = kept.tensor_split((-D - 1, -1), dim=2)
+        levels, dense, edges = kept.tensor_split((-D - 1, -1), dim=2)          # (B, N, ..)
         levels = levels.chunk(len(self.config["levels"]), dim=2)               # [(B, N, Dv)]
         return levels, dense, edges[..., 0]                                    # .., .., (B, N)
 
     def recall(self, image):
         """image (3, H, W) -> (N, K): levels, dense features and edges side by side."""
         digest = hashlib.sha1(image.cpu().numpy()).hexdigest()
-        file = Path(self.config["kept"], digest + ".npy")
+        file = Path(self.config["kept"], digest)
         if not file.exists():
             with torch.no_grad():
                 levels, dense, edges = super().read(image[None])
             features = torch.cat([*levels, dense, edges[..., None]], dim=2)    # (1, N, K)
-            part = file.with_suffix(".part.npy")
-            np.save(part, features[0].half().cpu())
-            part.replace(file)                           # never half a file under this name
-        return np.load(file)
+            part = file.with_suffix(".part")
+            torch.save(features[0].half(), part)
+            part.rename(file)                            # never half a file under this name
+        return torch.load(file).float()
 
 
 def fit(base, args, variant, splices, seed):
     """Train new heads on the tower of `base` -> Frozen. args: settings of train.py."""
     def make_model(args):
-        torch.manual_seed(int(seed))
-        with mock.patch.object(ecpl, "ECPL", VARIANTS[variant]):
-            return Frozen(base.clip, base.config)
+        return Frozen(base.clip, base.config)
 
-    with mock.patch.object(train, "make_model", make_model):
+    torch.manual_seed(int(seed))
+    with mock.patch("train.make_model", make_model), mock.patch("ecpl.ECPL", VARIANTS[variant]):
         run = train.Run(args, None)
     weight = args.hecl if variant == FULL else 0.0
-    objective = train.Objective(run.model, run.hecl, weight, run.labels).to(run.device)
+    objective = train.Objective(run.model, run.hecl, weight, run.labels)
+    objective.to(run.device)
 
     def losses(image, labels, truth, ramp):
         n = len(image) if splices == "yes" else args.batch         # splices come last
@@ -126,8 +123,8 @@ def measure(model, pictures):
     hook = model.ecpl.register_forward_hook(note)
     summary, _ = evaluate(model, pictures)
     hook.remove()
-    texts = torch.stack(texts)                                                 # (n, C, D)
-    steps = F.normalize(texts[:, 1] - texts[:, 0], dim=-1)                     # (n, D)
+    genuine, manipulated = torch.stack(texts, dim=1)                           # (n, D) each
+    steps = F.normalize(manipulated - genuine, dim=-1)                         # (n, D)
     distances = F.pdist(steps)                           # (pairs,), roots of 2 - 2 cosine
     summary["text_change"] = distances.square().mean().item() / 2
     return np.array([summary[metric] for metric in METRICS], float)            # None becomes NaN
@@ -137,23 +134,22 @@ def print_table(title, found):
     """A Markdown table: mean ± standard deviation over the seeds."""
     print("\n", title, "splices", "seeds", *METRICS, "", sep=" | ")
     print(" |", 7 * "---|")
-    for group in itertools.product(VARIANTS, SPLICES):
-        rows = [numbers for key, numbers in found.items() if key[:2] == group]
-        if rows:
-            mean = np.mean(rows, axis=0)                                       # (4,)
-            spread = np.std(rows, axis=0, ddof=1)                              # (4,)
-            cells = [f"{m:.4f} ± {s:.4f}" for m, s in zip(mean, spread)]
-            print("", *group, len(rows), *cells, "", sep=" | ")
+    for group, rows in found.items():
+        mean = np.mean(rows, axis=0)                                           # (4,)
+        spread = np.std(rows, axis=0, ddof=1)                                  # (4,)
+        cells = [f"{m:.4f} ± {s:.4f}" for m, s in zip(mean, spread)]
+        print("", *group, len(rows), *cells, "", sep=" | ")
 
 
 def main():
     parser = train.make_parser()
     parser.description = __doc__.partition("\n")[0]
     parser.set_defaults(out="runs/ablation", lora_rank=0)
-    parser.add_argument("--train", dest="data", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
+    add = parser.add_argument
+    add("--train", dest="data", required=True, help="folder or list, with labels")
+    add("--test", required=True, help="folder or list, with labels and masks")
+    add("--seeds", nargs="+", default=["0", "1", "2"])
+    add("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
     args = parser.parse_args()
     file = clip.TINY if args.clip == "tiny" else args.clip
     try:
@@ -171,19 +167,22 @@ def main():
     runs = csv.writer(file)
     if not rows:
         runs.writerow(["train", "test", "variant", "splices", "seed", *METRICS])
-    found = {}                                           # {(variant, splices, seed): numbers (4,)}
-    for seed, variant, splices in itertools.product(args.seeds, args.only, SPLICES):
-        key = (args.data, args.test, variant, splices, seed)
+    groups = itertools.product(args.only, ("no", "yes"))
+    found = {group: [] for group in groups}              # {group: [numbers of a seed (4,)]}
+    for seed, group in itertools.product(args.seeds, found):
+        key = (args.data, args.test, *group, seed)
         if key not in rows:
-            rows[key] = measure(fit(base, args, *key[2:]), pictures)
+            model = fit(base, args, *group, seed)
+            rows[key] = measure(model, pictures)
             runs.writerow([*key, *rows[key]])
             print(*key, *rows[key], flush=True)
-        found[key[2:]] = np.array(rows[key], float)
+        found[group].append(np.array(rows[key], float))
 
     print_table("variant", found)
     less = {}
-    for key, numbers in found.items():
-        less[key] = numbers - found.get((PLAIN, *key[1:]), np.nan)
+    for (variant, splices), numbers in found.items():
+        if PLAIN in args.only:
+            less[variant, splices] = np.subtract(numbers, found[PLAIN, splices])
     print_table(f"variant, less the {PLAIN}", less)
 
 

@@ -23,8 +23,7 @@ PYTHON = [command for command in COMMANDS if command.startswith("python ")]
 
 
 SMALL = {     # what a command gets besides, so that it ends in seconds
-    "train.py --data": "--size 64 --epochs 1 --batch 4 --workers 0 --val 0.25",
-    "train.py --synthesize": "--size 64 --count 8 --epochs 1 --batch 4 --workers 0 --val 0.25",
+    "train.py --data": "--epochs 1 --batch 4 --splices 2 --workers 0 --val 0.25",
     "train.py --out": "--workers 0 --epochs 2",                    # a finished run, longer
 }
 NOT_HERE = ("git clone", "-m venv", "-m pytest")                   # CI runs the last two
@@ -47,8 +46,8 @@ def place(folder):
         (folder / other).symlink_to(folder / "FOLDER" / "au")
     for name in SETS:
         (folder / name).symlink_to(folder / "FOLDER")
-    rows = [f"FOLDER/tp/{i}.png FOLDER/mask/{i}.png 1" for i in range(2)]
-    (folder / "NIST16.txt").write_text("\n".join([*rows, "FOLDER/au/0.png None 0"]))
+    rows = [f"FOLDER/tp/{i}.png,1,FOLDER/mask/{i}.png" for i in range(2)]
+    (folder / "NIST16.csv").write_text("\n".join(["image,label,mask", *rows, "FOLDER/au/0.png,0,"]))
 
 
 def test_there_are_commands():
@@ -74,7 +73,7 @@ def test_every_command_runs(tmp_path):
                                 env=environment)
         fine = result.returncode == 0
         if "ViT-B/16" in command:
-            fine = result.returncode == 2 and "cannot be downloaded" in result.stderr
+            fine = result.returncode == 2 and "could not download" in result.stderr
         if not fine:
             failures.append(f"{command}: {result.returncode} {result.stderr[-500:]}")
     assert not failures, "\n".join(failures)
@@ -88,7 +87,7 @@ def test_every_lesson_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-    assert len(capsys.readouterr().out.splitlines()) > 5
+    assert len(capsys.readouterr().out.splitlines()) >= 5
     assert os.listdir(tmp_path) == (["out"] if name == "ecpl" else [])
 
 

@@ -293,14 +293,14 @@ def test_best_pt_is_of_the_best_epoch_by_held_out_labels(place, tmp_path):
 
 
 def test_few_of_the_genuine_lie_above_one_half(tmp_path, capsys):
-    """At most 7 % of the pixels and 10 % of the pictures that calibrate."""
+    """At most 9 % of the pixels and 10 % of the pictures that calibrate."""
     model = mini.mini_sapl()
     paths = [tmp_path / f"{i}.png" for i in range(20)]
     for i, path in enumerate(paths):
         mini.photo(60 + i, 50, seed=i).save(path)
     train.calibrate(model, paths)
     results = [infer.localize(model, path) for path in paths]
-    assert 0.05 < np.mean([result.area for result in results]) <= 0.07
+    assert 0.05 < np.mean([result.area for result in results]) <= 0.09
     assert [result.decision for result in results].count("manipulated") in (1, 2)
     train.calibrate(model, paths[1:])                        # 19 are too few
     assert capsys.readouterr().err.startswith("note: only 19 genuine pictures to calibrate on")
