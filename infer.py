@@ -316,7 +316,11 @@ def prepare(args):
     name = f"{Path(checkpoint).name} {clip.sha256_of(checkpoint)[:12]}"
     if not args.checkpoint:
         print(f"note: the shipped model is a small demonstration. {CAUTION}", file=sys.stderr)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write into {out} ({error.strerror}), expected a folder: choose "
+                       "another --out") from error
     return model, name, paths, owners
 
 

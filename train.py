@@ -466,8 +466,12 @@ class Run:
         if not state and Path(args.out, "last.pt").exists():
             raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
                            "choose another --out")
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "log.csv").touch()                        # can it be written?
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            Path(args.out, "log.csv").touch()
+        except OSError as error:
+            raise BadInput(f"cannot write into {args.out} ({error.strerror}), expected a folder: "
+                           "choose another --out") from error
         for name in ("batch", "splices"):
             if getattr(args, name) % self.world:
                 raise BadInput(f"found {flag(name)} {getattr(args, name)}, expected a multiple of "

@@ -437,7 +437,7 @@ def test_wrong_calls_exit_2_with_one_line(zoo, infer_main, tmp_path, capsys, mon
         "found no picture at missing.jpg": ["missing.jpg"],
         "found no picture at mine": ["mine"],
         "found no picture at , expected": [""],              # not the current folder
-        "results.csv'": [picture, "--out", "mine/results.csv"],
+        "cannot write into mine/results.csv": [picture, "--out", "mine/results.csv"],
         "found another header in mine/results.csv": [picture, "--out", "mine"],
         "found no lost.pt": [picture, "--checkpoint", "lost.pt"],
         "found --precision fp16": [picture, "--precision", "fp16"],

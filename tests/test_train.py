@@ -441,7 +441,7 @@ def test_two_processes_agree(place):
     ("--data=", "found no --data"),
     ("--data {0}/only", "found no genuine picture to train on"),
     ("--data {0}/set/au --splices 0", "found no manipulated picture to train on"),
-    ("--out {0}/mini.pt/run", "Not a directory.*mini.pt"),
+    ("--out {0}/mini.pt/run", "cannot write into .*Not a directory.*choose"),
     ("--out {0}/reference", "found a run in .* add --resume, or choose another --out"),
     ("--out {0}/reference --resume --lr 5e-4", "--lr 0.0005, but .* has 0.002"),     # the default
     ("--out {0}/reference --resume --epochs 1", "--epochs 1, but .* has done 2: try --epochs 4"),
