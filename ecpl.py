@@ -12,9 +12,10 @@ method carries its source:
 Why prompts at all? CLIP compares a picture with sentences. A hand-written sentence describes what
 a picture shows, but a forgery looks like any other picture; what gives it away are traces. CoOp
 (Zhou et al. 2022) learns the words of the sentence instead of writing them, and CoCoOp (2022)
-shifts these words with each picture. ECPL shifts them with features that are emphasised at edges, because
-that is where manipulated regions betray themselves. Comparing every patch with the sentences, as
-MaskCLIP does (Zhou et al. 2022), turns the classifier into a map.
+shifts these words with each picture. ECPL shifts them with features that are emphasised at edges,
+because that is where manipulated regions betray themselves. Comparing every patch with the
+sentences, as MaskCLIP does (Zhou et al. 2022), turns the classifier into a map. What ECPL brings
+here was measured, and with splices it is nothing that can be told from noise (tests/README.md).
 
 Reading order: edges -> ECPL -> SAPL -> a lesson (`python ecpl.py` shows each step).
 

@@ -137,7 +137,8 @@ class HECL(nn.Module):
             patches = z.take_along_dim(chosen[..., None], dim=1)               # (B, 2K, D)
             patches = of_all_processes(patches)                                # (B, 2K, D)
             anchors = F.normalize(head(patches).float(), dim=-1)               # (B, 2K, d)
-            losses.append(self.compare(anchors.flatten(0, 1), flat, ignore, queue))
+            all_anchors = anchors.flatten(0, 1)                                # (A, d)
+            losses.append(self.compare(all_anchors, flat, ignore, queue))
 
             if self.training:
                 hardest = anchors[:, :K].detach()                              # (B, K, d)
@@ -145,10 +146,11 @@ class HECL(nn.Module):
                 genuine = hardest[classes[:, :K] == 0]                         # (n, d)
                 manipulated = classes[:, :K] == 1                              # (B, K)
                 # what is known comes first: the queue may not have room for guesses
-                manipulated = torch.cat([hardest[manipulated & ~is_guess],
-                                         hardest[manipulated & is_guess]])     # (m, d)
+                known_ones = hardest[manipulated & ~is_guess]                  # (.., d)
+                guesses = hardest[manipulated & is_guess]                      # (.., d)
+                manipulated = torch.cat([known_ones, guesses])                 # (m, d)
                 queue.push(genuine, manipulated)
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean()                                      # ()
 
     def compare(self, anchors, classes, ignore, queue):
         """anchors (A, d) against themselves and a queue -> scalar."""
