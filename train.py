@@ -198,7 +198,7 @@ def plan_epoch(count, genuine, args, rng):
 
 @torch.no_grad()
 def make_batch(windows, labels, splices, cell, rng):
-    """Splice the last `splices` windows, then wear all alike.
+    """Compress some windows, splice the last `splices` of them, then wear all alike.
 
     windows (B, 3, S, S) uint8, labels (B,) -> image (B, 3, S, S) in [0, 1], labels (B,), truth
     (B, N): 1 where a patch is manipulated, 0 where it is genuine, -1 where nobody knows.
