@@ -1,7 +1,8 @@
 """CLIP: two towers that embed images and text in one joint space (Radford et al. 2021).
 
-Modules and parameters have OpenAI's names, so that their weights load without renaming. Shapes:
-B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
+SAPL needs what OpenAI's package lacks: features of every patch, prompts given as embeddings, images
+of any size, LoRA. Modules and parameters keep OpenAI's names, so OpenAI's weights load unchanged.
+Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
 """
 import functools
 import gzip
@@ -26,8 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)   # RGB, of OpenAI's training images
-STD = (0.26862954, 0.26130258, 0.27577711)
 MODELS = "https://openaipublic.azureedge.net/clip/models"
 OFFICIAL = {                                 # SHA-256 of <name with dashes>.pt
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
@@ -41,9 +40,9 @@ TINY = Path(__file__).with_name("weights") / "tiny.pt"
 
 
 def normalize(image):
-    """CLIP's input normalisation: image (B, 3, H, W) in [0, 1] -> pixels (B, 3, H, W)."""
-    mean = image.new_tensor(MEAN).view(3, 1, 1)                                # (3, 1, 1)
-    std = image.new_tensor(STD).view(3, 1, 1)                                  # (3, 1, 1)
+    """CLIP's input normalisation: image (B, 3, H, W) in [0, 1], RGB -> pixels (B, 3, H, W)."""
+    mean = image.new_tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)      # (3, 1, 1)
+    std = image.new_tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)      # (3, 1, 1)
     return (image - mean) / std
 
 
@@ -54,30 +53,27 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
                      r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-@functools.lru_cache                                     # built once for each vocabulary size
+@functools.lru_cache                                     # built once per vocabulary size
 class Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) of the UTF-8 bytes of lower-case text; 514 ids
-    stand for bytes alone and need no vocabulary file."""
+    """Byte-pair encoding (Sennrich et al. 2016); 514 ids are bytes alone and need no download."""
 
     def __init__(self, vocab_size):
-        merges = []                                      # pairs of symbols, first learned first
+        self.ranks = {}                          # of the pairs that merge, in the order learned
         if vocab_size > 514:
             content = fetch(VOCABULARY, VOCABULARY_SHA256).read_bytes()
-            lines = gzip.decompress(content).decode().split("\n")
-            merges = [tuple(line.split()) for line in lines[1:vocab_size - 513]]
+            lines = gzip.decompress(content).decode().split("\n")[1:vocab_size - 513]
+            self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
 
-        # Each byte is written as one visible character: itself, or chr(256), chr(257), ..
+        # Every byte is shown as one visible character: itself, or one of chr(256) to chr(323).
         visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
         hidden = [byte for byte in range(256) if byte not in visible]
-        letters = [chr(byte) for byte in visible]
-        letters += [chr(256 + i) for i in range(len(hidden))]
+        letters = [chr(code) for code in [*visible, *range(256, 324)]]
         self.letters = dict(zip(visible + hidden, letters))
-        # The ids: 256 bytes, the same 256 at the end of a word ("a</w>"), merges, start, end.
+        # Ids: 256 bytes, the same 256 at the end of a word ("a</w>"), merges, start, end.
         symbols = letters + [letter + "</w>" for letter in letters]
-        symbols += ["".join(pair) for pair in merges]
+        symbols += ["".join(pair) for pair in self.ranks]
         symbols += [START, END]
         self.ids = {symbol: i for i, symbol in enumerate(symbols)}
-        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
 
     def split(self, word):
         """Repeatedly merge the neighbouring pair that was learned first."""
@@ -92,7 +88,7 @@ class Tokenizer:
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
 
     def pieces(self, text):
-        """The symbols of a text, after repair of its encoding errors and HTML entities."""
+        """The symbols of a text, once its encoding errors and HTML entities are repaired."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         symbols = [START]
         for word in WORD.findall(text.strip().lower()):
@@ -101,7 +97,7 @@ class Tokenizer:
 
 
 def tokenize(texts, context_length=77, vocab_size=49408):
-    """One text or B texts -> OpenAI's ids (B, context_length), zeros at the end, or ValueError."""
+    """One text or B texts -> OpenAI's ids (B, context_length), zero-padded, or ValueError."""
     if isinstance(texts, str):
         texts = [texts]
     tokenizer = Tokenizer(vocab_size)
@@ -115,7 +111,7 @@ def tokenize(texts, context_length=77, vocab_size=49408):
     return tokens
 
 
-# -------------------------------------------- two additions to OpenAI's towers: LoRA, and our stem
+# ----------------------------------------------------- added to OpenAI's towers: LoRA and our stem
 
 class LoRA(nn.Module):
     """A trainable rank-r update beside a frozen weight: alpha / r * B A x (Hu et al. 2021)."""
@@ -132,25 +128,16 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, alpha):
-    """Freeze a module and add LoRA to each attention in it; Q, K and V share one A [ours]."""
+    """Freeze a module and add LoRA to every attention in it; Q, K and V share one A [ours]."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, Attention):
             module.lora = LoRA(module.in_proj_weight.detach(), rank, alpha)
 
 
-@torch.no_grad()
-def merge_lora(model):
-    """Fold each LoRA into its weight: the same outputs, and the keys of a model without LoRA."""
-    for module in model.modules():
-        if isinstance(module, Attention) and module.lora is not None:
-            module.in_proj_weight += module.lora.scale * module.lora.B @ module.lora.A
-            module.lora = None
-
-
 class Stem(nn.Sequential):
-    """Strided convolutions of high frequencies, added to the patch embedding of the shipped tiny
-    model [ours]. Spliced regions differ in noise, which the linear embedding hardly sees."""
+    """Strided convolutions of the high frequencies, added to the patch embedding of the shipped
+    tower [ours]. Spliced regions differ in noise, which a linear embedding hardly sees."""
 
     def __init__(self, channels, width):
         layers = [nn.Conv2d(3, channels[0], 5, stride=2, padding=2)]
@@ -162,11 +149,11 @@ class Stem(nn.Sequential):
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), halved by each convolution."""
-        # A 1-2-1 blur. Autocast keeps pooling in fp32; a convolution in bf16 would lose the noise.
+        # A 1-2-1 blur by pooling, which autocast leaves in fp32: bf16 would lose the noise.
         blurred = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                # (B, 3, H+2, W+2)
         blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H+1, W+1)
         blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H, W)
-        residual = (8 * (pixels - blurred)).tanh()       # ours: amplify noise, saturate edges
+        residual = (8 * (pixels - blurred)).tanh()       # amplifies noise, saturates edges
         return super().forward(residual)                                       # (B, Dv, h, w)
 
 
@@ -186,29 +173,18 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """x (B, L, D) -> (B, L, D)."""
-        B, L, D = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
         if self.lora is not None:
             qkv = qkv + self.lora(x)
-        qkv = qkv.view(B, L, 3, self.heads, D // self.heads)                   # (B, L, 3, heads, d)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                            # (B, L, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, L, d)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)     # (B, heads, L, d)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, D))               # (B, L, D)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                     # (B, L, D)
 
 
-def quick_gelu(x):
-    return x * torch.sigmoid(1.702 * x)
-
-
-class MLP(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-
+class QuickGELU(nn.Module):
     def forward(self, x):
-        x = quick_gelu(self.c_fc(x))                                           # (B, L, 4D)
-        return self.c_proj(x)                                                  # (B, L, D)
+        return x * torch.sigmoid(1.702 * x)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -216,7 +192,10 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.attn = Attention(width, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width),                                  # (B, L, 4D)
+            gelu=QuickGELU(),
+            c_proj=nn.Linear(4 * width, width)))                               # (B, L, D)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -231,7 +210,7 @@ class Transformer(nn.Sequential):
 
 
 class VisionTransformer(nn.Module):
-    """The image tower, for images of any size in multiples of `patch_size`."""
+    """The image tower, for images whose sides are multiples of `patch_size`."""
 
     def __init__(self, resolution, patch_size, width, layers, embed_dim, stem):
         super().__init__()
@@ -248,7 +227,7 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def grid(self, pixels):
-        """(h, w), the rows and columns of patches in pixels (B, 3, H, W), or ValueError."""
+        """pixels (B, 3, H, W) -> (h, w), their rows and columns of patches, or ValueError."""
         p = self.patch_size
         H, W = pixels.shape[-2:]
         if min(H, W) < p or H % p or W % p:
@@ -256,12 +235,12 @@ class VisionTransformer(nn.Module):
         return H // p, W // p
 
     def positions(self, h, w):
-        """The position embedding interpolated to an (h, w) grid: (1, 1 + N, Dv)."""
+        """Position embeddings, interpolated to an (h, w) grid: (1 + N, Dv)."""
         own = self.positional_embedding                                        # (1 + side^2, Dv)
         side = math.isqrt(len(own))
         grid = own[1:].T.reshape(1, -1, side, side)                            # (1, Dv, side, side)
         grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True)     # (1, Dv, h, w)
-        return torch.cat([own[:1], grid.flatten(2)[0].T])[None]                # (1, 1 + N, Dv)
+        return torch.cat([own[:1], grid.flatten(2)[0].T])                      # (1 + N, Dv)
 
     def embed(self, pixels):
         """pixels (B, 3, H, W) -> input tokens of the blocks (B, 1 + N, Dv), class token first."""
@@ -273,7 +252,8 @@ class VisionTransformer(nn.Module):
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)         # (B, 1, Dv)
         x = torch.cat([first, x], dim=1)                                       # (B, 1 + N, Dv)
         # Under autocast conv1 returns bf16; keep the residual stream in bf16.
-        return self.ln_pre(x + self.positions(h, w).to(x.dtype)).to(x.dtype)
+        x = x + self.positions(h, w).to(x.dtype)
+        return self.ln_pre(x).to(x.dtype)
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D)."""
@@ -302,11 +282,11 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
-        return self.visual(pixels)
+        return self.visual(pixels)                                             # (B, D)
 
     def encode_patches(self, pixels, levels=()):
-        """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1), [(B, N, Dv)], and
-        dense features (B, N, D): each patch projected as CLIP projects its class token."""
+        """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1) [(B, N, Dv)], and
+        dense features (B, N, D): every patch projected as CLIP projects the class token."""
         tokens = [self.visual.embed(pixels)]                                   # [(B, 1 + N, Dv)]
         for block in self.visual.transformer.resblocks:
             tokens.append(block(tokens[-1]))
@@ -315,7 +295,7 @@ class CLIP(nn.Module):
 
     def encode_prompts(self, embeddings, end):
         """Token embeddings (B, L, Dt) and the index of the end token, (B,) or int -> text features
-        (B, D), not normalised. Causal attention ignores what follows the end."""
+        (B, D), not normalised. Attention is causal, so what follows the end has no effect."""
         positions = self.positional_embedding[:embeddings.shape[1]]            # (L, Dt)
         x = self.transformer(embeddings + positions)                           # (B, L, Dt)
         x = x[torch.arange(len(x), device=x.device), end]                      # (B, Dt)
@@ -323,8 +303,8 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """Token ids (B, L) -> text features (B, D), not normalised."""
-        end = tokens.argmax(dim=-1)                      # the end token has the highest id
-        return self.encode_prompts(self.token_embedding(tokens), end)
+        end = tokens.argmax(dim=-1)                      # (B,); the end token has the highest id
+        return self.encode_prompts(self.token_embedding(tokens), end)          # (B, D)
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -333,36 +313,33 @@ def build(state_dict, device="cpu"):
     """A CLIP in fp32 and eval mode from OpenAI's keys, sized by their shapes, or ValueError."""
     # OpenAI's archives also hold three integers, which nothing needs.
     weights = {key: x for key, x in state_dict.items() if x.is_floating_point()}
-    shapes = {key: x.shape for key, x in weights.items()}
-    blocks = [key for key in shapes if key.endswith(".ln_1.weight")]
-    vision_layers = len([key for key in blocks if key.startswith("visual.")])
-    stem = [shape[0] for key, shape in shapes.items()
-            if key.startswith("visual.stem.") and key.endswith(".weight")]
+    blocks = [key for key in weights if key.endswith(".ln_1.weight")]
+    vision_layers = sum(key.startswith("visual.") for key in blocks)
+    stem = [len(x) for key, x in weights.items()
+            if ".stem." in key and x.dim() == 4]         # its convolutions
     try:
-        tokens, vision_width = shapes["visual.positional_embedding"]
-        patch = shapes["visual.conv1.weight"][-1]
-        vocab_size, transformer_width = shapes["token_embedding.weight"]
+        tokens, vision_width = weights["visual.positional_embedding"].shape
+        patch = weights["visual.conv1.weight"].shape[-1]
+        vocab_size, text_width = weights["token_embedding.weight"].shape
         with torch.device("meta"):                       # allocates no memory
             model = CLIP(
-                embed_dim=shapes["text_projection"][1],
+                embed_dim=weights["text_projection"].shape[1],
                 image_resolution=math.isqrt(tokens - 1) * patch,   # one token is the class
                 vision_layers=vision_layers, vision_width=vision_width, vision_patch_size=patch,
-                context_length=shapes["positional_embedding"][0], vocab_size=vocab_size,
-                transformer_width=transformer_width,
-                transformer_layers=len(blocks) - vision_layers,
+                context_length=len(weights["positional_embedding"]), vocab_size=vocab_size,
+                transformer_width=text_width, transformer_layers=len(blocks) - vision_layers,
                 stem=stem[:-1])                          # the last has vision_width
         model.to_empty(device=device).load_state_dict(weights)
     except (LookupError, ValueError, RuntimeError) as error:
         raise ValueError(f"found weights that do not fit ({error!r:.200}), expected those of a "
-                         "CLIP with a Vision Transformer (a ResNet has no patches)") from error
+                         "CLIP with a Vision Transformer, not a ResNet") from error
     return model.eval()
 
 
 def read_archive(path):
-    """{key: tensor} of the CLIP in a file of `torch.save` or `torch.jit.save`, or ValueError."""
-    # weights_only restores tensors and plain types, so no code of the file runs. It refuses
-    # TorchScript (OpenAI's archives), known by the entry constants.pkl; renamed, that is ignored,
-    # and each module becomes a dictionary with its attributes in __dict__.
+    """The CLIP in a file of `torch.save` or `torch.jit.save` -> {key: tensor}, or ValueError."""
+    # weights_only runs no code of the file, but rejects TorchScript (OpenAI's archives) for its
+    # entry constants.pkl. Renamed, it is ignored; modules load as dictionaries with a __dict__.
     content = Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.off")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
@@ -372,7 +349,7 @@ def read_archive(path):
     except (pickle.UnpicklingError, struct.error, EOFError, LookupError, ValueError, TypeError,
             AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"found no readable weights in {path} ({type(error).__name__}), expected "
-                         "a file for torch.load(weights_only=True)") from error
+                         "a file of torch.save") from error
 
     tensors = {}
     seen = set()                                         # a dictionary may contain itself
@@ -385,10 +362,11 @@ def read_archive(path):
             children = node | getattr(node, "__dict__", {})
             nodes += [(f"{name}.{key}", child) for key, child in children.items()]
 
-    # Strip what wraps a CLIP: ".state_dict", ".model", ".module", or ".clip" of a SAPL checkpoint.
+    # Strip what wraps a CLIP: ".state_dict", ".model", ".module", or ".clip" in SAPL's checkpoints.
     ends = [name for name in tensors if name.endswith(".text_projection")]
     prefix = ends[0].removesuffix("text_projection") if ends else "."
-    return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): x for key, x in tensors.items()
+            if key.startswith(prefix)}
 
 
 def sha256_of(path):
@@ -397,20 +375,19 @@ def sha256_of(path):
 
 
 def cached(url):
-    """Where a download is kept: in $CLIP_CACHE, by default where OpenAI's code keeps it."""
+    """Where a download is kept: in $CLIP_CACHE, or else where OpenAI's code keeps it."""
     folder = os.environ.get("CLIP_CACHE", "~/.cache/clip")
     return Path(folder).expanduser() / url.rpartition("/")[2]
 
 
 def fetch(url, sha256):
-    """The path of a file in the cache, downloaded if it is not there; OSError if that fails."""
+    """The path of an intact copy in the cache, downloaded if need be; OSError if that fails."""
     target = cached(url)
     if target.is_file() and sha256_of(target) == sha256:
         return target
     print(f"downloading {url}", file=sys.stderr)
     try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            content = response.read()
+        content = urllib.request.urlopen(url, timeout=30).read()
         if hashlib.sha256(content).hexdigest() != sha256:
             raise OSError("wrong SHA-256")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -418,9 +395,8 @@ def fetch(url, sha256):
         part.write_bytes(content)
         part.replace(target)                             # never half a file under this name
     except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"found no intact {target} and could not download {url} ({error}): put it "
-                      "there (an official CLIP needs its weights and the vocabulary "
-                      f"{VOCABULARY}), or use --clip tiny, which needs neither") from error
+        raise OSError(f"could not download {url} ({error}): put the weights and {VOCABULARY} into "
+                      f"{target.parent}, or use --clip tiny, which needs neither") from error
     return target
 
 
@@ -440,23 +416,23 @@ def load(name_or_path="tiny", device="cpu"):
     return model
 
 
+@torch.no_grad()
 def lesson(text):
     """Print the tokens of a text, then which patches of a forged picture look manipulated."""
-    tokenizer = Tokenizer(49408 if cached(VOCABULARY).is_file() else 514)      # 514: bytes
+    tokenizer = Tokenizer(49408 if cached(VOCABULARY).is_file() else 514)      # 514: bytes alone
     print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)))
 
     model = load("tiny")
-    picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255         # (3, H, W)
-    pixels = normalize(image[None])                                            # (1, 3, H, W)
     tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
-    with torch.no_grad():
-        _, features = model.encode_patches(pixels)                             # (1, N, D)
-        genuine, manipulated = F.normalize(model.encode_text(tokens), dim=-1)  # (D,), (D,)
-    print('cosine with "manipulated" minus cosine with "genuine", percent, over 5 x 5 patches:')
+    genuine, manipulated = F.normalize(model.encode_text(tokens), dim=-1)      # (D,), (D,)
+    picture = np.array(Image.open(Path(__file__).with_name("tests") / "forged.png"))
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255             # (1, 3, H, W)
+    pixels = normalize(image)                                                  # (1, 3, H, W)
+    _, features = model.encode_patches(pixels)                                 # (1, N, D)
     difference = F.normalize(features, dim=-1) @ (manipulated - genuine)       # (1, N)
+    print('cosine with "manipulated" minus cosine with "genuine", percent, over 5 x 5 patches:')
     difference = difference.view(1, *model.visual.grid(pixels))                # (1, h, w)
-    for row in F.avg_pool2d(difference, 5)[0]:
+    for row in F.avg_pool2d(difference, 5)[0]:                                 # (h // 5, w // 5)
         print("   ", " ".join(f"{100 * value:4.0f}" for value in row))
 
 

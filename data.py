@@ -1,7 +1,6 @@
-"""Pictures and labels: one picture and its view, data sets on disk, windows for the training.
+"""Pictures and labels (0 genuine, 1 manipulated): views, data sets on disk, windows for training.
 
-`python data.py SET` says what a set holds and what is wrong with it; without SET, a short lesson.
-Label 0 = genuine, 1 = manipulated. Masks are only named here: tests/evaluate.py reads them.
+`python data.py SET` lists what a set holds and what is wrong with it; without SET, a short lesson.
 """
 import argparse
 import csv
@@ -9,10 +8,8 @@ import io
 import json
 import os
 import re
-import struct
 import sys
 import warnings
-import zlib
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,135 +18,85 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif",
-              ".avif", ".jp2")
-UNREADABLE = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd", ".exr")
-MAX_PIXELS = 200_000_000      # ours: 600 MB decoded; a header that claims more is refused
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, MemoryError, struct.error,
-          zlib.error, Image.DecompressionBombError)          # what Pillow raises on bad files
+EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .tif .tiff .bmp .webp .gif .avif .jp2".split())
+UNREADABLE = tuple(".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .psd .exr".split())
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
+          MemoryError, Image.DecompressionBombError)         # what Pillow raises on bad files
 
 
 class BadInput(ValueError):
-    """What cannot be used, and why, in one line."""
+    """Input that cannot be used, and why, in one line."""
 
 
 # ---------------------------------------------------------------------------------- one picture
 
 @contextmanager
-def one_line():
-    """Turn what Pillow and the file system raise into BadInput. No code of ours belongs inside."""
+def one_line(remedy=""):
+    """Turn what Pillow and the file system raise into BadInput; only their calls belong inside."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     except DAMAGE as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadInput(text.splitlines()[0]) from error
-
-
-@contextmanager
-def opened(path):
-    """An image file, only its header read; BadInput, "path: reason", if damaged or too large.
-    A BadInput from the body gets the path in front; any other error keeps its traceback."""
-    try:
-        with one_line():
-            try:
-                image = Image.open(path)
-            except Image.DecompressionBombError:        # Pillow's limit is global and below ours
-                start = Path(path).read_bytes()[:16]
-                plugins = [opens for opens, fits in Image.OPEN.values() if fits and fits(start)]
-                image = plugins[0](path)
-        with image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadInput(f"found {image.width} x {image.height} pixels, expected at most "
-                               f"{MAX_PIXELS:,}: reduce it")
-            yield image
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+        raise BadInput(text.splitlines()[0] + remedy) from error
 
 
 def to_bytes(values):
-    """Numbers from 0, black, -> uint8. White is the least of 1 (floats only), 255, 4095 (12 bits)
-    and 65535 that no value exceeds [ours]; BadInput for negative, larger or non-finite values."""
-    if values.dtype == np.uint8:
-        return values
-    low = float(values.min())                                # NaN if any value is
-    high = float(values.max())
-    if not (low >= 0 and high <= 65535):
+    """Numbers, 0 = black, -> uint8. White is the smallest of 1, 255, 4095 (12 bits) and 65535 that
+    no value exceeds [ours]; BadInput for negative, larger or non-finite values."""
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= 65535:                        # NaN fits nowhere
         raise BadInput(f"found values from {low:g} to {high:g}, expected 0 to 65535: scale them")
-    whites = (1, 255, 4095, 65535) if values.dtype.kind == "f" else (255, 4095, 65535)
-    white = next(white for white in whites if high <= white)
+    white = next(white for white in (1, 255, 4095, 65535) if high <= white)
     return np.round(values * np.float32(255 / white)).astype(np.uint8)
 
 
 def to_rgb(image, background="white"):
-    """PIL image of any mode -> RGB, not turned: numbers scaled by `to_bytes`, transparent parts on
-    the background; BadInput if the pixels are damaged or cannot be converted."""
+    """PIL image of any mode -> RGB, upright by its EXIF orientation: numbers scaled by `to_bytes`,
+    transparency laid over the background; BadInput if it is damaged or cannot be converted."""
     deep = ";16" in str(getattr(image, "tile", ""))          # 16 bits a channel
     with one_line():
         image.load()
-        numbers = image.mode.startswith(("I", "F"))          # one channel: I;16, I, F
-        if not numbers:
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if numbers:
+        turn = image.getexif().get(0x0112, 1)
+    if image.mode.startswith(("I", "F")):                    # one channel: I;16, I, F
         image = Image.fromarray(to_bytes(np.asarray(image)))                      # (H, W)
-    elif deep and 0 < np.max(image.getextrema()[:3]) < 16:   # Pillow kept the upper 8 bits alone
-        raise BadInput("found colours of 12 bits in 16, expected 16 bits: scale them")
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert("RGB")
-
-
-def orientation(image):
-    """EXIF orientation of a PIL image: 1 is upright, from 5 on it lies on its side."""
+    elif deep and 0 < np.max(image.getextrema()[:3]) < 16:   # Pillow keeps only the upper 8 bits
+        raise BadInput("found 12-bit colours in 16 bits, expected the full range: scale them")
     with one_line():
-        return Image.Image.getexif(image).get(0x0112, 1)     # PNG's own would decode the pixels
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, background)
+            image = Image.alpha_composite(canvas, image.convert("RGBA"))
+        image = image.convert("RGB")
+    image.info.clear()                                       # Pillow cannot rewrite odd EXIF data
+    image.getexif()[0x0112] = turn
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def to_picture(source):
-    """PIL image of any mode, array or tensor -> PIL RGB, upright by its EXIF orientation.
-    Arrays: (H, W), (H, W, 1), (H, W, 3) or, with alpha, (H, W, 4); uint8, or uint16 and floats in
-    the ranges of `to_bytes`. BadInput for anything else."""
-    if isinstance(source, Image.Image):
-        picture = to_rgb(source)
-        picture.info.clear()                                 # what is upright is not turned again
-        picture.getexif()[0x0112] = orientation(source)
-        ImageOps.exif_transpose(picture, in_place=True)
-        return picture
-
-    dtype = str(getattr(source, "dtype", type(source).__name__)).removeprefix("torch.")
-    shape = tuple(getattr(source, "shape", ()))
-    known = dtype in ("uint8", "uint16", "float16", "float32", "float64")
-    if not known or len(shape) < 2 or 0 in shape or shape[2:] not in ((), (1,), (3,), (4,)):
-        raise BadInput(f"found {dtype} of shape {shape}, expected a PIL image or uint8, uint16 or "
-                       "float (H, W), (H, W, 3) or (H, W, 4): convert it")
-    if isinstance(source, torch.Tensor):
-        source = source.detach().cpu().numpy()
-    values = source[..., 0] if shape[2:] == (1,) else source                 # (H, W[, 3 or 4])
-    return to_rgb(Image.fromarray(to_bytes(values)))
+    """PIL image of any mode, array or tensor -> PIL RGB by `to_rgb`; BadInput for anything else.
+    Arrays: uint8 (H, W), (H, W, 3) or, with alpha, (H, W, 4); uint16 or float32 (H, W)."""
+    if not isinstance(source, Image.Image):
+        with one_line(", expected uint8 (H, W[, 3 or 4]), uint16 or float32 (H, W): convert it"):
+            source = Image.fromarray(np.asarray(source))
+    return to_rgb(source)
 
 
-def open_image(path):
-    """Picture file -> PIL RGB: first frame, EXIF orientation applied; or BadInput."""
-    with opened(path) as image:
-        return to_picture(image)
-
-
-def picture_size(path):
-    """(H, W) as `open_image` returns it, and the EXIF orientation, from the header alone."""
-    with opened(path) as image:
-        turn = orientation(image)
-        W, H = image.size
-    if turn in (5, 6, 7, 8) and image.format != "TIFF":      # Pillow turns TIFF itself
-        return (W, H), turn
-    return (H, W), turn
+def open_image(path, background="white"):
+    """Picture file -> `to_rgb` of its first frame; BadInput begins with the path."""
+    try:
+        with one_line():
+            image = Image.open(path)
+        with image:
+            return to_rgb(image, background)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
 
 
 def to_tensor(image):
     """PIL RGB image or (H, W, 3) uint8 array -> (3, H, W) float32 in [0, 1]."""
-    array = torch.from_numpy(np.array(image))                                     # (H, W, 3)
-    return array.permute(2, 0, 1).contiguous() / 255                              # (3, H, W)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() / 255  # (3, H, W)
 
 
 def reduced_size(size, max_side):
@@ -159,9 +106,9 @@ def reduced_size(size, max_side):
 
 
 def view(picture, max_side, cell):
-    """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels, as
-    resampling erases traces. Only a picture longer than max_side is reduced, once. Reflection on
-    the right and below pads it to multiples of cell."""
+    """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels,
+    because resampling erases traces. Only a picture longer than max_side is reduced, once.
+    Reflection pads the right and the bottom to multiples of cell."""
     W, H = reduced_size(picture.size, max_side)
     if (W, H) != picture.size:
         picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
@@ -178,52 +125,42 @@ class Picture(NamedTuple):
     mask: Path | None = None
     source: str = ""              # pictures of one scene share it: `split` keeps them together
     inverted: bool = False        # the mask is black where manipulated
+    size: tuple = (0, 0)          # (H, W), upright
 
 
 class Report(NamedTuple):
-    """How a set was read: a key of LAYOUTS, "list" or "no labels"; one line a problem."""
+    """How a set was read: a key of LAYOUTS, "list" or "no labels"; one line for each problem."""
     layout: str
     problems: list
 
 
-# Patterns for paths below a set's folder, in lower case and without extension: see `matches`.
-GENUINE = "(?:au|authentic|genuine|real|originals?|pristine|untouched)"
-MANIPULATED = "(?:tp|sp|manipulated|tampered|fakes?|forged|forger(?:y|ies)|spliced|edited)"
-MASKS = "(?:[^/]*mask[^/]*|gt|[^/]*ground_?-? ?truth[^/]*)"
-LAYOUTS = {      # genuine and manipulated pictures; the first one that every picture fits is taken
-    "folders": (f"{GENUINE}/.*", f"{MANIPULATED}/.*"),
-    "CASIA": ("au_[^/]*", "[st]p_[^/]*"),
-    "Columbia": ("4cam_auth/[^/]*", "4cam_splc/[^/]*"),
-    "COVERAGE": (r"image/\d+", r"image/\d+t"),
-    "DSO-1": (r"normal-\d+", r"splicing-\d+"),
-    "IMD2020": ("[^/]*/[^/]*_orig", "[^/]*/[^/]*(?<!_orig)"),
+# Patterns in the path of a picture below its set's folder, in lower case, without extension.
+GENUINE = "/(?:au|authentic|genuine|real|originals?|pristine|untouched)/"
+MANIPULATED = "/(?:tp|sp|manipulated|tampered|fakes?|forged|forger(?:y|ies)|spliced|edited)/"
+MASKS = "/(?:[^/]*mask[^/]*|gt|[^/]*ground_?-? ?truth[^/]*)/"
+LAYOUTS = {      # genuine, manipulated pictures; the first layout that fits every picture is taken
+    "folders": (GENUINE, MANIPULATED),
+    "CASIA": ("/au_[^/]*$", "/[st]p_[^/]*$"),
+    "Columbia": ("/4cam_auth/[^/]*$", "/4cam_splc/[^/]*$"),
+    "COVERAGE": (r"/image/\d+$", r"/image/\d+t$"),
+    "DSO-1": (r"/normal-\d+$", r"/splicing-\d+$"),
+    "IMD2020": ("/[^/]*/[^/]*_orig$", "/[^/]*/[^/]*(?<!_orig)$"),
 }
 SCENE = (r"(?:au|[st]p)_(?:.*_)?([a-z]{3})_?(\d{4,5})(?!\d)[^a-z]*"     # CASIA: background is last
          r"|(\d+)t|(.*?)(?:_[of])?")                                    # COVERAGE, CoMoFoD, others
 
 
-def matches(pattern, name):
-    """Whether a pattern fits a whole path, or its end from some folder on."""
-    return re.fullmatch(f"(?:.*/)?(?:{pattern})", name) is not None
-
-
-def scene_of(path):
-    """What the file names of one scene share."""
-    return "".join(group for group in re.fullmatch(SCENE, path.stem.lower()).groups() if group)
-
-
 def files_in(folder):
-    """A folder -> (sorted picture files below it, Counter of the endings of unreadable ones).
+    """A folder -> (sorted picture files below it, Counter of extensions that Pillow cannot open).
     Links are followed, each real file and folder counts once, hidden ones are skipped."""
     files = []
     left_out = Counter()
     seen = set()
     paths = [Path(folder)]
     for path in paths:                                       # the list grows on the way
-        real = os.path.realpath(path)
-        if real in seen:
+        if os.path.realpath(path) in seen:
             continue
-        seen.add(real)
+        seen.add(os.path.realpath(path))
         if path.is_dir():
             inside = [each for each in path.iterdir() if not each.name.startswith(".")]
             paths += sorted(inside, key=lambda each: (each.is_symlink(), each))
@@ -235,61 +172,59 @@ def files_in(folder):
 
 
 def find_layout(root, names, masks):
-    """(layout, {picture: label}) by the first of LAYOUTS that fits the names of the pictures; "no
+    """(layout, {picture: label}) by the first of LAYOUTS that fits the names of all pictures; "no
     labels" if no folder is named like a class and there are no masks; else BadInput."""
-    twins = len({Path(name).name for name in names.values()}) < len(set(names.values()))
+    names = {file: name for file, name in names.items() if file not in masks}
+    twins = len(set(names.values())) > len({Path(name).name for name in names.values()})
     odd = []
-    for layout, (genuine, manipulated) in LAYOUTS.items():
-        labels = {file: int(matches(manipulated, name)) for file, name in names.items()
-                  if matches(manipulated, name) != matches(genuine, name)}
-        # by names alone, masks of equal name look like pictures; IMD2020 fits any two levels
-        clear = {"folders": True, "IMD2020": masks and 0 in labels.values()}.get(layout, not twins)
-        if names and clear and len(labels) == len(names):
-            return layout, labels
-        odd += [file for file in names if file not in labels]
-    classes = f"(?:{GENUINE}|{MANIPULATED})/.*"
-    if not masks and not any(matches(classes, name) for name in names.values()):
+    for layout, patterns in LAYOUTS.items():
+        genuine, manipulated = [{file for file in names if re.search(pattern, names[file])}
+                                for pattern in patterns]
+        odd += [file for file in names if (file in genuine) == (file in manipulated)]
+        clear = layout == "folders" or not twins             # of equal names, one may be a mask
+        if layout == "IMD2020":                              # fits any two levels of folders
+            clear = masks and genuine
+        if clear and names and genuine ^ manipulated == set(names):
+            return layout, {file: int(file in manipulated) for file in names}
+
+    if not masks and not re.search(f"{GENUINE}|{MANIPULATED}", " ".join(names.values())):
         return "no labels", dict.fromkeys(names)
-    raise BadInput(f"found {[*odd, *masks][0]}, which fits no layout, expected {root} to hold only "
-                   "genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and masks: "
-                   "rename or move it, or write a list image,label,mask")
+    raise BadInput(f"found {[*odd, *sorted(masks)][0]}, which fits no layout, expected {root} to "
+                   "hold only genuine pictures (au, real, ..), manipulated ones (tp, fake, ..) and "
+                   "masks: rename or move it, or write a list image,label,mask")
 
 
 def read_folder(root):
     """A folder in one of LAYOUTS, or of photos without labels -> (pictures, Report)."""
     files, left_out = files_in(root)
-    counts = ", ".join(f"{count} {ending}" for ending, count in left_out.items())
-    problems = [f"left out: {counts}, which Pillow cannot open"] if counts else []
-    names = {file: file.relative_to(root).with_suffix("").as_posix().lower() for file in files}
+    problems = [f"left out: {n} {end}, which Pillow cannot open" for end, n in left_out.items()]
+    names = {f: "/" + f.relative_to(root).with_suffix("").as_posix().lower() for f in files}
 
-    # masks lie in folders named like masks, or are named as another picture plus _gt or _mask
+    # masks lie in mask folders, or are named like another picture plus _gt or _mask
     stems = {Path(name).name for name in names.values()}
     ends = tuple(end for end in ("_gt", "_mask") if any(stem + end in stems for stem in stems))
-    masks = {file: names.pop(file) for file in files
-             if matches(f"{MASKS}/.*", names[file]) or names[file].endswith(ends)}
+    masks = {file for file, name in names.items() if re.search(MASKS, name) or name.endswith(ends)}
     layout, labels = find_layout(root, names, masks)
 
-    def key(name):
+    def key(file):
         """What a picture and its mask share: the path below their class folder, or the stem."""
-        name = re.sub(r"_(gt|mask|edgemask)$|(?<=\d)(copy|paste)$", "", name)
+        name = re.sub("_(gt|mask|edgemask)$", "", names[file])
         name = re.sub(r"(?<=\d)forged$", "t", name)          # COVERAGE
-        below = re.sub(f"^(?:.*/)?(?:{GENUINE}|{MANIPULATED}|{MASKS})/", "", name)
+        below = re.sub(f"^.*(?:{GENUINE}|{MANIPULATED}|{MASKS})", "", name)
         return below if layout in ("folders", "IMD2020") else Path(name).name
 
     masks_of = defaultdict(list)
-    for mask, name in masks.items():
-        masks_of[key(name)].append(mask)
-    uses = Counter(key(name) for file, name in names.items() if labels[file] == 1)
+    for mask in masks:
+        masks_of[key(mask)].append(mask)
+    uses = Counter(key(file) for file, label in labels.items() if label == 1)
     pictures = []
-    for file, name in names.items():
-        found = masks_of[key(name)] if labels[file] == 1 else []
-        mask = found[0] if len(found) == uses[key(name)] == 1 else None      # of two, neither
-        if labels[file] == 1 and masks and not mask:
+    for file, label in labels.items():
+        found = masks_of[key(file)] if label == 1 else []
+        mask = found[0] if len(found) == uses[key(file)] == 1 else None      # two: unclear
+        if label == 1 and masks and not mask:
             problems.append(f"no mask of its own: {file}")
-        scene = file.parent.name if layout == "IMD2020" else scene_of(file)
-        pictures.append(Picture(file, labels[file], mask, scene))
-    known = {key(name) for name in names.values()}
-    problems += [f"mask without picture: {file}" for file in masks if key(masks[file]) not in known]
+        scene = file.parent.name if layout == "IMD2020" else ""
+        pictures.append(Picture(file, label, mask, scene))
     return pictures, Report(layout, problems)
 
 
@@ -298,14 +233,13 @@ def read_list(file):
     try:
         text = file.read_text(encoding="utf-8-sig")
         is_json = file.suffix.lower() == ".json"
-        rows = json.loads(text) if is_json else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, csv.Error) as error:
+        rows = list(json.loads(text) if is_json else csv.DictReader(text.splitlines()))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"found {file}, which cannot be read ({error}), expected a folder, CSV or "
                        "JSON: check the path") from error
 
-    found = {}                                               # {real path: Picture}
-    problems = []
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+    pictures = {}                                            # {real path: Picture}
+    for number, row in enumerate(rows, start=1):
         if isinstance(row, list) and len(row) == 2:          # IMDL-BenCo
             row = {"image": row[0], "mask": row[1], "label": int(row[1] != "Negative")}
         entry = row if isinstance(row, dict) else {}
@@ -314,55 +248,46 @@ def read_list(file):
             raise BadInput(f"found {row!s:.99} as row {number} of {file}, expected a header "
                            "image,label,mask and label 0 (genuine) or 1 (manipulated): correct it")
         path = file.parent / entry["image"]
-        has_mask = entry["label"] == "1" and entry.get("mask", "") not in ("", "None")
-        mask = file.parent / entry["mask"] if has_mask else None
-        picture = Picture(path, int(entry["label"]), mask, scene_of(path))
-
-        first = found.setdefault(os.path.realpath(path), picture)
-        if first.label != picture.label:
-            problems.append(f"contradiction: {path} has label 0 and label 1: not used")
-            found[os.path.realpath(path)] = first._replace(label=None)
-        elif first is not picture:
-            problems.append(f"duplicate: {path}, row {number}")
-    return [p for p in found.values() if p.label is not None], Report("list", problems)
+        mask = entry.get("mask", "")
+        mask = None if mask in ("", "None", "Negative") else file.parent / mask
+        picture = Picture(path, int(entry["label"]), mask)
+        if pictures.setdefault(os.path.realpath(path), picture).label != picture.label:
+            raise BadInput(f"found {path} with labels 0 and 1 in {file}, expected one: correct it")
+    return list(pictures.values()), Report("list", [])
 
 
-def read_set(path, masks=True, decode=False):
-    """A folder or list -> (pictures, Report), without unusable files, which the report names;
-    BadInput if nothing is left or the layout is unclear. masks=False: no mask is opened, nor kept.
-    decode: reads every picture, not only its header."""
+def read_set(path, masks=True):
+    """A folder or list -> (pictures, Report): each picture and, unless masks=False, each mask is
+    decoded once, and unusable ones are left out. BadInput if no layout fits or nothing is left."""
     root = Path(path)
     entries, report = read_folder(root) if root.is_dir() else read_list(root)
-    problems = report.problems
-    pictures = []
-    for picture in entries:
+    wanted = [("file", picture.path) for picture in entries]
+    wanted += [("mask", picture.mask) for picture in entries if picture.mask and masks]
+    sizes = {}                                               # {file: (H, W), upright}
+    for kind, file in wanted:
         try:
-            size = open_image(picture.path).size[::-1] if decode else picture_size(picture.path)[0]
+            sizes[file] = open_image(file).size[::-1]
         except BadInput as error:
-            problems.append(f"bad file: {error}")
-            continue
-        mask = picture.mask if masks else None
-        try:
-            if mask and picture_size(mask)[0] != size:
-                problems.append(f"mask of another size than its picture: {mask}")
-        except BadInput as error:
-            problems.append(f"bad mask: {error}")
-            mask = None
-        pictures.append(picture._replace(mask=mask))
+            report.problems.append(f"bad {kind}: {error}")
 
-    labels = {picture.label for picture in pictures}
-    if not labels:
-        raise BadInput(f"found no usable picture in {root} ({', '.join(problems[:1]) or 'empty'}), "
+    pictures = []
+    for p in entries:
+        if p.path in sizes:
+            mask = p.mask if p.mask in sizes else None
+            scene = p.source or "".join(re.fullmatch(SCENE, p.path.stem.lower()).groups(""))
+            pictures.append(p._replace(mask=mask, source=scene, size=sizes[p.path]))
+    if not pictures:
+        raise BadInput(f"found no usable picture in {root} ({[*report.problems, 'empty'][0]}), "
                        f"expected {', '.join(EXTENSIONS)}: check the path and the files")
-    wrong = {0: "one class only: no manipulated pictures", 1: "one class only: no genuine pictures",
-             None: "no labels: no folder is named au, tp or alike"}
-    problems += [wrong[label] for label in labels if len(labels) == 1]
+    for label, name in enumerate(("genuine", "manipulated")):
+        if label not in {picture.label for picture in pictures}:
+            report.problems.append(f"no picture is labelled {name}")
     return pictures, report
 
 
 def split(pictures, fraction, seed):
     """Pictures -> (train, held_out): about `fraction` of each class is held out, no scene is in
-    both, and both have both classes if that is possible. The same seed gives the same split."""
+    both, and both have both classes whenever possible. The same seed gives the same split."""
     scenes = defaultdict(Counter)                            # {scene: {label: pictures}}
     for picture in pictures:
         scenes[picture.source or str(picture.path)][picture.label] += 1
@@ -370,26 +295,23 @@ def split(pictures, fraction, seed):
     total = sum(scenes.values(), Counter())
 
     held = Counter()
-    chosen = set()
     for label in sorted(total, key=total.get):               # the rarest class first
         goal = max(1, round(fraction * total[label])) if fraction > 0 else 0
         order.sort(key=lambda scene: scenes[scene][label] > goal)       # large scenes last
         for scene in order:
             more = held + scenes[scene]
             leaves_all = all(more[label] < total[label] for label in total)
-            if held[label] < goal and scenes[scene][label] and scene not in chosen and leaves_all:
-                chosen.add(scene)
+            if held[label] < goal and scenes[scene][label] and leaves_all:
                 held = more
-    held_out = [p for p in pictures if (p.source or str(p.path)) in chosen]
-    return [p for p in pictures if (p.source or str(p.path)) not in chosen], held_out
+                scenes[scene] = Counter()                    # nothing of it is left to train on
+    held_out = [p for p in pictures if not scenes[p.source or str(p.path)]]
+    return [p for p in pictures if scenes[p.source or str(p.path)]], held_out
 
 
-class TrainingSet(Dataset):
-    """Labelled pictures: item i -> (a random window of the view, mirrored in half of the cases,
-    uint8 (3, window, window); label). Seeded by (seed, epoch, i), whatever the worker; from
-    len(self) on, i means picture i % len(self), in another window.
-
-    aims: {path: (y, x)}, a pixel of the view that the window of item i must contain (train.aim)."""
+class TrainingSet(torch.utils.data.Dataset):
+    """Labelled pictures: item i -> (a random window of the view, mirrored with probability 1/2,
+    uint8 (3, window, window); label). Randomness is seeded by (seed, epoch, i) alone.
+    From i = len(self) on, item i is another window of picture i % len(self)."""
 
     def __init__(self, pictures, *, max_side, cell, window, seed):
         self.pictures = pictures
@@ -398,7 +320,7 @@ class TrainingSet(Dataset):
         self.window = window
         self.seed = seed
         self.epoch = 0
-        self.aims = {}
+        self.aims = {}            # {path: (y, x)}: pixel of the view that item i contains
 
     def __len__(self):
         return len(self.pictures)
@@ -407,68 +329,57 @@ class TrainingSet(Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         picture = self.pictures[index % len(self)]
         image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
-        aim = (None, None)
-        if index < len(self):
-            aim = self.aims.get(str(picture.path), aim)
-        top, left = (self.start(side, at, rng) for side, at in zip(image.shape[1:], aim))
-        image = image[:, top:top + self.window, left:left + self.window]       # (3, h, w)
-        missing = [(0, self.window - side) for side in image.shape[1:]]
-        pixels = np.pad((255 * image).round().byte(), [(0, 0), *missing], mode="reflect")
+        first = np.zeros(2, int)
+        last = np.maximum(0, np.array(image.shape[1:]) - self.window)          # (2,)
+        aim = self.aims.get(str(picture.path))
+        if aim and index < len(self):
+            first = np.maximum(0, np.array(aim) - self.window + 1)
+            last = np.minimum(last, aim)
+        top, left = rng.integers(first, last + 1)
+
+        window = image[:, top:top + self.window, left:left + self.window]      # (3, h, w)
+        missing = [(0, self.window - side) for side in window.shape[1:]]
+        pixels = np.pad((255 * window).round().byte(), [(0, 0), *missing], mode="reflect")
         window = torch.from_numpy(pixels)                                      # (3, window, window)
         if rng.random() < 0.5:
             window = window.flip(2)
         return window, picture.label
 
-    def start(self, side, at, rng):
-        """Where a window begins along a side: anywhere, or so that it contains the pixel `at`."""
-        last = max(0, side - self.window)
-        first = 0
-        if at is not None:
-            first = min(last, max(0, at - self.window + 1))
-            last = min(last, at)
-        return rng.integers(first, last + 1)
-
-
-# ---------------------------------------------------------------------------------- the command
 
 def demo():
-    """From a file to training windows, on a picture drawn here: what each step makes."""
-    colours = np.random.default_rng(1).integers(0, 256, (6, 8, 3), np.uint8)
+    """Why the network sees native pixels: resampling erases the traces of a splice."""
+    noise = np.random.default_rng(0).normal(128, 6, (512, 512, 3)).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(colours).resize((700, 500)).save(file, "JPEG")
-    picture = open_image(file)
-    print(f"open_image() {picture.width} x {picture.height} pixels, {picture.mode}, of a JPEG file")
-    for max_side in (1024, 512):
-        shape = tuple(view(picture, max_side, cell=16).shape)
-        print(f"view()       {shape} float32 in [0, 1] with max_side={max_side}, cell=16")
-    items = TrainingSet([Picture(file, 0)], max_side=1024, cell=16, window=256, seed=0)
-    for items.epoch in (0, 1):
-        window, label = items[0]
-        print(f"TrainingSet  {tuple(window.shape)} {window.dtype}, label {label}, in epoch "
-              f"{items.epoch} with mean {window.float().mean():.1f}")
+    Image.fromarray(noise).save(file, "JPEG")
+    spliced = open_image(file)
+    spliced.paste(Image.fromarray(noise[:, 256:]), (256, 0))           # has never been a JPEG
+    print("Mean step from pixel to pixel across the borders of JPEG blocks, relative to all steps:")
+    for max_side, block in ((512, 8), (256, 4)):             # native pixels, half the size
+        pixels = view(spliced, max_side, cell=16)                                 # (3, H', W')
+        steps = pixels.diff(dim=2).abs().mean(dim=(0, 1))                         # (W' - 1,)
+        left, right = [half[block - 1::block].mean() / half.mean() for half in steps.chunk(2)]
+        print(f"max_side={max_side}: JPEG half {left:.2f}, pasted half {right:.2f}")
+    window, label = TrainingSet([Picture(file, 0)], max_side=512, cell=16, window=256, seed=0)[0]
+    print(f"A training window of the JPEG: {tuple(window.shape)} {window.dtype}, label {label}")
 
 
 def main(arguments=None):
     """The command line; returns the exit status: 0 fine, 1 something is wrong, 2 wrong call."""
-    parser = argparse.ArgumentParser(description="What a data set holds, and what is wrong in it.")
+    parser = argparse.ArgumentParser(description="What a set holds and what is wrong with it.")
     parser.add_argument("path", help="folder or list of labelled pictures")
     path = parser.parse_args(arguments).path
     try:
-        pictures, report = read_set(path, decode=True)
+        pictures, report = read_set(path)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = Counter(picture.label for picture in pictures)
     masks = sum(picture.mask is not None for picture in pictures)
-    sizes = sorted(picture_size(picture.path)[0] for picture in pictures)
     print(f"{path}: {report.layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
-          f"without label, {masks} masks; sizes (H, W) from {sizes[0]} to {sizes[-1]}")
+          f"without label, {masks} masks")
     print("\n".join(report.problems) or "nothing wrong")
     return 1 if report.problems else 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        demo()
-    else:
-        sys.exit(main())
+    sys.exit(main()) if sys.argv[1:] else demo()

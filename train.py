@@ -7,18 +7,17 @@
 
 Writes into --out after each epoch: last.pt (to resume), best.pt (for infer.py), log.csv.
 
-What is learned from what: an image label says *whether* a picture is manipulated and trains the
-score [abstract]. A genuine label says more, namely that *every* pixel is genuine. So a part of one
-genuine picture pasted into another is manipulated by construction, and such splices train the map
-[ours; after CutPaste, Li et al. 2021, and Cut, Paste and Learn, Dwibedi et al. 2017]. With
---splices 0, image labels alone train, as in the abstract.
+An image label says *whether* a picture is manipulated; it trains the score [abstract]. A genuine
+label says more: *every* pixel is genuine. So a part of one genuine picture pasted into another is
+manipulated by construction, and such splices train the map [ours; after CutPaste, Li et al. 2021,
+and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as in the abstract.
 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference see the same native
-   pixels (data.view), and the score of a held-out picture is the one that infer.py gives.
-2. A window inherits the label of its picture, although it can miss the manipulated region. So
-   the windows of large pictures are aimed at what looks most manipulated (`aim`).
-3. In many sets compression reveals the class. So all pictures are worn alike (synthesis.wear).
+   pixels (data.view), and a held-out picture has the score that infer.py gives it.
+2. A window inherits the label of its picture but may miss the manipulated region. So windows of
+   large pictures are aimed at what looks most manipulated (`aim`).
+3. In many sets, compression reveals the class. So all pictures are worn alike (synthesis.wear).
 
 Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
 """
@@ -56,10 +55,11 @@ from weights import synthesis                                            # noqa:
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
+WINDOW = 256                          # side of what the tower sees of a picture, pixels
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
-LEAST = {"batch": 2, "splices": 0, "epochs": 1, "zoom": 1, "window": 16, "lora_rank": 0, "lr": 0,
-         "hecl": 0, "workers": 0, "seed": 0}
+LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
+         "seed": 0}
 
 
 def make_parser():
@@ -73,8 +73,6 @@ def make_parser():
     add("--val", type=float, default=0.15, help="fraction of the pictures held out")
     add("--clip", default="tiny", help="start: tiny (the shipped SAPL), ViT-B/16 or another "
         "official CLIP, a file of CLIP weights, or a checkpoint of SAPL")
-    add("--zoom", type=int, help="enlarge pictures for the tower (None: by the start)")
-    add("--window", type=int, help="side of what the tower sees, pixels (None: by the start)")
     add("--lora-rank", type=int, help="rank of LoRA, 0: CLIP stays frozen (None: by the start)")
     add("--splices", type=int, default=16, help="self-made splices a step")
     add("--hecl", type=float, default=0.1, help="weight of HECL, 0: off")
@@ -107,14 +105,8 @@ def flag(name):
 def resume(arguments):
     """The settings of the run in --out, with those that may change, and its last checkpoint."""
     out = make_parser().parse_args(arguments).out
-    last = Path(out, "last.pt")
-    if not last.is_file():
-        raise BadInput(f"found no {last}, expected the last checkpoint of a run: leave --resume "
-                       "out to start one, or name its --out")
-    state = infer.load_checkpoint(last)
+    state = infer.load_checkpoint(Path(out, "last.pt"))
 
-    if "settings" not in state:
-        raise BadInput(f"found {last} without the state of a run, expected a last.pt: start anew")
     # words of the command line replace stored settings; defaults do not
     stored = state["settings"]
     args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
@@ -123,10 +115,6 @@ def resume(arguments):
         if name not in FREE and value != stored[name]:
             raise BadInput(f"found {flag(name)} {value}, but the run in {out} has {stored[name]}: "
                            "leave it out")
-    done = len(state["history"])
-    if args.epochs < done:
-        raise BadInput(f"found --epochs {args.epochs}, but the run in {out} has done {done}: try "
-                       f"--epochs {2 * done}")
     return args, state
 
 
@@ -137,32 +125,31 @@ def read_pictures(args, held_out):
 
     held_out: the paths that a resumed run holds out, else None.
     """
-    pictures, report = data.read_set(args.data, masks=False, decode=True)
+    pictures, report = data.read_set(args.data, masks=False)
     for problem in report.problems:
         print(f"note: {problem}", file=sys.stderr)
-    large = [p for p in pictures if min(data.picture_size(p.path)[0]) >= infer.MIN_SIDE]
+    large = [p for p in pictures if min(p.size) >= infer.MIN_SIDE]
     if len(large) < len(pictures):
         print(f"note: left out {len(pictures) - len(large)} pictures with a side below "
               f"{infer.MIN_SIDE} pixels", file=sys.stderr)
     pictures = [p._replace(label=p.label or 0) for p in large]       # no label: genuine photos
 
-    train, val = data.split(pictures, args.val, args.seed)
-    if held_out is not None:
+    if held_out is None:
+        train, val = data.split(pictures, args.val, args.seed)
+    else:
         val = [p for p in pictures if str(p.path) in held_out]
-        scenes = {p.source for p in val} - {""}
-        train = [p for p in pictures if str(p.path) not in held_out and p.source not in scenes]
+        scenes = {p.source or p.path for p in val}
+        train = [p for p in pictures if (p.source or p.path) not in scenes]
         if len(val) < len(held_out):
             print(f"note: {len(held_out) - len(val)} held-out pictures of this run are gone",
                   file=sys.stderr)
 
-    labels = {p.label for p in pictures}
-    if args.splices == 0:
-        labels = {0, 1}                                  # image labels alone need both classes
+    # image labels alone need both classes
+    needed = {0, 1} if args.splices == 0 else {0} | {p.label for p in pictures}
     for part, name in ((train, "to train on"), (val, "to hold out")):
-        for label in {0} | labels:
-            if label not in [p.label for p in part]:
-                raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data}, "
-                               "expected some: add pictures or change --val")
+        for label in needed - {p.label for p in part}:
+            raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data}, "
+                           "expected some: add pictures or change --val")
     return train, val
 
 
@@ -177,11 +164,9 @@ def validation_pictures(held_out, sizes):
     torch.manual_seed(0)
     made = synthesis.splice(photos, photos.roll(1, dims=0), np.random.default_rng(0))
 
-    found = []
-    for label, images in enumerate((photos, made.image[made.seen])):
-        for image in images.byte().movedim(1, 3).numpy():                      # (S, S, 3)
-            found.append((Image.fromarray(image), label))
-    return found
+    images = torch.cat([photos, made.image[made.seen]]).byte()                 # (n + m, 3, S, S)
+    images = images.movedim(1, 3).numpy()                                      # (n + m, S, S, 3)
+    return [(Image.fromarray(image), int(i >= len(photos))) for i, image in enumerate(images)]
 
 
 def plan_epoch(count, genuine, args, rng):
@@ -227,51 +212,38 @@ def make_batch(windows, labels, splices, cell, rng):
 # ----------------------------------------------------------------------------------------- model
 
 def make_model(args):
-    """A new SAPL around a CLIP, or one that continues a checkpoint of SAPL.
+    """A new SAPL around a CLIP, or the SAPL of a checkpoint, to be trained further.
 
     The defaults that depend on the start are all here.
     """
     torch.manual_seed(args.seed)
     start = clip.TINY if args.clip == "tiny" else args.clip
     if infer.is_checkpoint(start):
-        return continue_from(infer.load(start, "cpu", "fp32"), args)
+        model = infer.load(start, "cpu", "fp32")
+        rank = model.config["lora_rank"]
+        if args.lora_rank not in (None, rank):
+            raise BadInput(f"found --lora-rank {args.lora_rank}, but --clip {args.clip} keeps its "
+                           f"own ({rank}): leave it out")
+        model.map_shift.zero_()                          # calibrated again at the end
+        model.score_shift.zero_()
+        return model
 
     # OpenAI's towers never learned to see traces. So LoRA adapts them [digest], and pictures are
     # enlarged until a patch covers about 8 of their pixels. Our own tower, the one with a stem, was
     # pretrained on traces and stays frozen.
     tower = clip.load(args.clip)
     patch = tower.visual.patch_size
-    plain = tower.visual.stem is None
-    config = SIZES | {"clip": args.clip, "zoom": args.zoom, "lora_rank": args.lora_rank}
-    if args.zoom is None:
-        config["zoom"] = max(
-            zoom for zoom in (1, 2, 4) if patch % zoom == 0 and patch >= 7 * zoom or zoom == 1)
-    if args.lora_rank is None:
-        config["lora_rank"] = 8 if plain else 0
-    cell = patch // config["zoom"]
-    config["window"] = args.window or 256 // cell * cell
+    zoom = max((zoom for zoom in (2, 4) if patch % zoom == 0 and patch >= 7 * zoom), default=1)
+    cell = patch // zoom
+    rank = args.lora_rank
+    if rank is None:
+        rank = 8 if tower.visual.stem is None else 0
 
     depth = len(tower.visual.transformer.resblocks)
     thirds = {max(1, depth // 3), max(1, 2 * depth // 3), depth}
-    return ecpl.SAPL(tower, config | {"levels": sorted(thirds)})                 # ours: thirds
-
-
-def continue_from(old, args):
-    """A SAPL with the weights of another. LoRA's changes are merged into its CLIP."""
-    for name in ("zoom", "window"):
-        if getattr(args, name) not in (None, old.config[name]):
-            raise BadInput(f"found {flag(name)} {getattr(args, name)}, but --clip {args.clip} "
-                           f"keeps its own ({old.config[name]}): leave it out")
-    if old.config["lora_rank"] > 0:
-        clip.merge_lora(old.clip)
-        old.clip.name = f"tuned {old.clip.name.removeprefix('tuned ')}"
-    changed = {"clip": old.clip.name, "lora_rank": args.lora_rank or 0}
-    model = ecpl.SAPL(old.clip, old.config | changed)
-    own = {key: x for key, x in old.state_dict().items() if not infer.is_backbone(key)}
-    model.load_state_dict(own, strict=False)             # CLIP is in it already, LoRA starts anew
-    model.map_shift.zero_()                              # calibrated again at the end
-    model.score_shift.zero_()
-    return model
+    own = {"clip": args.clip, "levels": sorted(thirds), "zoom": zoom, "lora_rank": rank,
+           "window": WINDOW // cell * cell}
+    return ecpl.SAPL(tower, SIZES | own)
 
 
 # ------------------------------------------------------------------------------------------ loss
@@ -301,16 +273,17 @@ class Objective(nn.Module):
         is_splice = (truth == 1).any(dim=1)                                    # (B,)
 
         # Whether: image labels against scores. Without this term the score knows splices alone, not
-        # the manipulations of the set. Splices have a say only where the set shows none.
-        judged = ~is_splice if self.has_manipulated else torch.ones_like(is_splice)
-        label_loss = F.binary_cross_entropy_with_logits(
-            score[judged], labels[judged].float(), pos_weight=self.balance)
+        # the manipulations of the set. In a set of genuine photos there is nothing to tell apart.
+        label_loss = 0 * score.sum()                                           # ()
+        if self.has_manipulated:
+            label_loss = F.binary_cross_entropy_with_logits(
+                score[~is_splice], labels[~is_splice].float(), pos_weight=self.balance)
 
         # Where: patches of splices against what is known of them; those inside count four times, as
-        # they are few. Without this term the map hardly learns: a label does not say which patches
-        # earned it.
+        # they are few. Without this term the map of a set of genuine photos learns nothing.
+        judged = is_splice | (not self.has_manipulated)                        # (B,)
         inside = (truth == 1).float()                                          # (B, N)
-        known = ((truth >= 0) & is_splice[:, None]).float()                    # (B, N)
+        known = ((truth >= 0) & judged[:, None]).float()                       # (B, N)
         errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
         patch_loss = ((known + 3 * inside) * errors).sum() / known.sum().clamp(min=1)
 
@@ -331,21 +304,18 @@ def auc(values, labels):
     return float(0.5 + np.sign(differences).mean() / 2)
 
 
-def validate(model, pictures, rank, world):
-    """Score held-out pictures exactly as infer.py does -> image cross-entropy and AUC."""
-    model.eval()
-    found = []
-    for source, label in pictures[rank::world]:          # each process judges its share
-        picture = data.open_image(source) if isinstance(source, Path) else source
-        _, score = infer.logits_of(model, picture)
-        found.append((label, score.item()))
-    model.train()
+def validate(model, pictures):
+    """Score held-out pictures exactly as infer.py does -> image cross-entropy and AUC.
 
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, found)
-        found = [row for part in parts for row in part]
-    labels, scores = np.array(found).T                                         # (n,) each
+    pictures: see validation_pictures. Each process judges all, so none has to wait for another.
+    """
+    model.eval()
+    labels = np.array([label for _, label in pictures])                        # (n,)
+    scores = np.zeros(len(pictures))                                           # (n,)
+    for i, (source, _) in enumerate(pictures):
+        picture = data.open_image(source) if isinstance(source, Path) else source
+        scores[i] = infer.logits_of(model, picture)[1].item()
+    model.train()
     loss = np.logaddexp(0, np.where(labels == 1, -scores, scores)).mean()
     return {"val_label_loss": float(loss), "val_auc": auc(scores, labels)}
 
@@ -370,9 +340,8 @@ def calibrate(model, genuine):
     if len(scores) < 20:
         print(f"note: only {len(scores)} genuine pictures to calibrate on, so 0.5 is a rough guess",
               file=sys.stderr)
-    if scores:
-        model.map_shift.fill_(float(np.quantile(pixels, 0.91, method="higher")))
-        model.score_shift.fill_(float(np.quantile(scores, 0.9, method="higher")))
+    model.map_shift.fill_(float(np.quantile(pixels, 0.91, method="higher")))
+    model.score_shift.fill_(float(np.quantile(scores, 0.9, method="higher")))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -380,7 +349,7 @@ def calibrate(model, genuine):
 def save_checkpoint(path, model, **state):
     """Write SAPL and `state` (tensors and plain types) to a temporary file, then rename it, so that
     an interruption leaves the previous file intact. An official CLIP is stored by name and hash.
-    Raises OSError of one line."""
+    Raises OSError."""
     own = {}
     backbone = {}
     for key, value in model.state_dict().items():
@@ -398,20 +367,8 @@ def save_checkpoint(path, model, **state):
     try:
         part.write_bytes(buffer.getbuffer())
         part.replace(path)
-    except OSError as error:
+    finally:
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); the previous one is intact: make "
-                      "room, then continue with --resume") from error
-
-
-def write_log(history, out):
-    """Print the last epoch in one line; write log.csv from all epochs."""
-    row = history[-1]
-    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    with open(Path(out, "log.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerows(history)
 
 
 # -------------------------------------------------------------------------------------- the loop
@@ -463,19 +420,13 @@ class Run:
         check(args)
         self.args = args
         self.device, self.rank, self.world = connect(args.device)
-        if not state and Path(args.out, "last.pt").exists():
-            raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
-                           "choose another --out")
-        try:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            Path(args.out, "log.csv").touch()
-        except OSError as error:
-            raise BadInput(f"cannot write into {args.out} ({error.strerror}), expected a folder: "
-                           "choose another --out") from error
         for name in ("batch", "splices"):
             if getattr(args, name) % self.world:
                 raise BadInput(f"found {flag(name)} {getattr(args, name)}, expected a multiple of "
                                f"the number of processes, {self.world}")
+        if not state and Path(args.out, "last.pt").exists():
+            raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
+                           "choose another --out")
 
         # model
         if state:
@@ -484,10 +435,6 @@ class Run:
             model = make_model(args).to(self.device)
             model.dtype = infer.pick_dtype(args.precision, self.device)
         self.model = model.train()
-        window = model.config["window"]
-        if window % model.cell:
-            raise BadInput(f"found --window {window}, expected a multiple of the patch, "
-                           f"{model.cell} pixels")
 
         # pictures
         pictures, self.held_out = read_pictures(args, state and state["held_out"])
@@ -495,7 +442,8 @@ class Run:
             raise BadInput(f"found {len(pictures)} pictures to train on, expected at least "
                            f"--batch {args.batch}: add some, or lower --batch")
         self.labels = np.array([p.label for p in pictures])
-        sizes = {"max_side": model.config["max_side"], "cell": model.cell, "window": window}
+        sizes = {"max_side": model.config["max_side"], "cell": model.cell,
+                 "window": model.config["window"]}
         self.train_set = data.TrainingSet(pictures, seed=args.seed, **sizes)
         self.val_set = validation_pictures(self.held_out, sizes)
 
@@ -506,12 +454,15 @@ class Run:
         self.weights = [p for part in (model, self.hecl) for p in part.parameters()
                         if p.requires_grad]
         self.optimizer = make_optimizer(self.weights, model.depths.parameters())
+
         self.history = []                                        # one row per epoch
         if state:
             self.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.train_set.aims = state["aims"]
             self.history = state["history"]
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        Path(args.out, "log.csv").touch()                        # can it be written?
 
     def end_epoch(self, row):
         """Keep its row, its weights if they are the best so far, the state and the log."""
@@ -525,7 +476,11 @@ class Run:
                         held_out=[str(p.path) for p in self.held_out], aims=self.train_set.aims,
                         settings=vars(self.args), hecl=self.hecl.state_dict(),
                         optimizer=self.optimizer.state_dict())
-        write_log(self.history, out)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+        with open(Path(out, "log.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            writer.writeheader()
+            writer.writerows(self.history)
 
 
 def aim(run):
@@ -536,25 +491,18 @@ def aim(run):
     image AUC (tests/README.md). Both classes are aimed, so genuine pictures show the windows that
     look worst. This is multiple-instance learning: a picture is a bag of windows [ours].
     """
-    found = {}
     run.model.eval()
-    for picture in run.train_set.pictures[run.rank::run.world]:
+    cell = run.model.cell
+    for picture in run.train_set.pictures:
         image = data.open_image(picture.path)
-        view = data.view(image, run.train_set.max_side, run.model.cell)        # (3, H', W')
+        view = data.view(image, run.train_set.max_side, cell)                  # (3, H', W')
         if max(view.shape) > run.train_set.window:
             grid = infer.patch_logits(run.model, view, looks=1)                # (h, w)
             peak = int(ecpl.smooth(grid[None]).argmax())
             row, column = divmod(peak, grid.shape[1])
-            cell = run.model.cell
-            found[str(picture.path)] = (row * cell + cell // 2, column * cell + cell // 2)
+            centre = (row * cell + cell // 2, column * cell + cell // 2)
+            run.train_set.aims[str(picture.path)] = centre
     run.model.train()
-
-    parts = [found]
-    if run.world > 1:
-        parts = [None] * run.world
-        dist.all_gather_object(parts, found)
-    for part in parts:
-        run.train_set.aims |= part
 
 
 def train_epoch(run, objective, epoch):
@@ -613,13 +561,12 @@ def train(run):
             aim(run)
         loss, label_loss, patch_loss, contrast = train_epoch(run, objective, epoch)
         if not math.isfinite(loss):
-            raise FloatingPointError(f"found loss {loss} in epoch {epoch + 1}, expected a number: "
-                                     "lower --lr and start anew")
+            raise BadInput(f"found loss {loss} in epoch {epoch + 1}, expected a number: lower --lr "
+                           "and start anew")
         speed = len(run.labels) // args.batch * (args.batch + args.splices) / (time.time() - began)
         row = {"epoch": epoch + 1, "loss": loss, "label_loss": label_loss,
-               "patch_loss": patch_loss, "hecl": contrast}
-        row |= validate(run.model, run.val_set, run.rank, run.world)
-        row["pictures_per_s"] = speed
+               "patch_loss": patch_loss, "hecl": contrast, **validate(run.model, run.val_set),
+               "pictures_per_s": speed}
         row["minutes_left"] = (args.epochs - epoch - 1) * (time.time() - began) / 60
         run.end_epoch(row)
     if run.rank == 0:
@@ -649,13 +596,12 @@ def main(arguments=None):
             return 2
         train(run)
         return 0
-    except (BadInput, OSError, FloatingPointError) as error:
+    except (BadInput, OSError, torch.OutOfMemoryError) as error:
         last = str(error).strip().rpartition("\n")[2]    # a worker sends its whole traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            last = "found too little memory on the GPU: lower --batch or --splices"
         print(f"error: {last.removeprefix('data.BadInput: ')}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: found too little memory on the GPU: lower --batch, --splices or --window",
-              file=sys.stderr)
+        print("note: finished epochs are kept; continue with --resume", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished epochs are kept; continue with --resume", file=sys.stderr)

@@ -70,9 +70,9 @@ def bench_train():
     model = train.make_model(args).to(DEVICE).train()
     D = model.clip.visual.proj.shape[1]
     contrast = hecl.HECL(levels=len(model.config["levels"]), width=D, **train.HECL_SIZES)
-    objective = train.Objective(model, contrast, args.hecl, 1.0).to(DEVICE)
+    objective = train.Objective(model, contrast, args.hecl, np.array([0, 1])).to(DEVICE)
     weights = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = train.make_optimizer(weights, args.lr)
+    optimizer = train.make_optimizer(weights, model.depths.parameters())
     pixels = windows(LABELLED + SPLICED)
     labels = torch.tensor([0, 1] * (LABELLED // 2) + [0] * SPLICED, device=DEVICE)
     rng = np.random.default_rng(0)

@@ -61,15 +61,14 @@ COLUMNS = ("set", "path", "label", "score", "TP", "FP", "FN", "TN", "f1", "iou",
 
 # ----------------------------------------------------------------------------------------- masks
 
-def binarize(image, path):
-    """A mask image of any mode -> (H, W) bool."""
-    rgb = data.to_rgb(image, "black")
+def binarize(rgb, path):
+    """A mask, PIL RGB, and its path -> (H, W) bool."""
     if path.stem.endswith("_edgemask"):              # Columbia: light or dark green, and red
         red, green, _ = rgb.split()
         return np.asarray(green) > np.asarray(red)                                # (H, W)
     values = np.asarray(rgb.convert("L"))                                         # (H, W)
     top = values.max()
-    if top > 127 or image.format == "JPEG":
+    if top > 127 or path.suffix.lower() in (".jpg", ".jpeg"):
         return values > 127
     return values > top / 2                          # 0 and 1, or a dark palette
 
@@ -77,13 +76,14 @@ def binarize(image, path):
 def read_mask(picture):
     """A Picture with a mask -> (H, W) bool in the mask's own size, turned like its picture;
     data.BadInput if it cannot be read."""
-    size, turn = data.picture_size(picture.path)
-    with data.opened(picture.mask) as image:
-        mask = binarize(image, picture.mask) != picture.inverted                  # (H, W)
+    rgb = data.open_image(picture.mask, "black")
+    mask = binarize(rgb, picture.mask) != picture.inverted                        # (H, W)
     if mask.mean() > 0.5 and not picture.inverted and INVERTED.search(str(picture.mask).lower()):
         mask = ~mask
-    if mask.shape == size[::-1] != size:             # on its side: turn it as the picture was,
-        image = Image.fromarray(mask)                # else anticlockwise (ours)
+    if mask.shape == picture.size[::-1] != picture.size:
+        with Image.open(picture.path) as image:      # on its side: turn it as the picture was,
+            turn = image.getexif().get(0x0112, 1)    # else anticlockwise (ours)
+        image = Image.fromarray(mask)
         image.getexif()[0x0112] = turn if turn >= 5 else 8
         mask = np.asarray(ImageOps.exif_transpose(image))
     return mask

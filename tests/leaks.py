@@ -40,7 +40,7 @@ def leaks(pictures):
     """How well cues in the files' headers tell the class -> {cue: `accuracy_from`}."""
     cues = defaultdict(list)
     for picture in pictures:
-        with data.opened(picture.path) as image:
+        with Image.open(picture.path) as image:
             density = picture.path.stat().st_size / (image.width * image.height)
             cues["format"].append(image.format)
             cues["size"].append(image.size)
@@ -73,7 +73,7 @@ def contact_sheet(pictures, path, cell=128):
 
 def run(name, preview):
     """Print how much each cue tells; draw the preview, if any -> number of leaks."""
-    pictures, _ = data.read_set(name, decode=bool(preview))
+    pictures, _ = data.read_set(name)
     if preview:
         contact_sheet(pictures, preview)
     pictures = [picture for picture in pictures if picture.label is not None]

@@ -10,6 +10,11 @@ CONFIG = {"clip": "mini", "levels": (1, 2), "context": 4, "rho": 0.1, "zoom": 1,
           "lora_rank": 0, "lora_share": 0.5, "max_side": 128, "window": 0}
 
 
+def close(a, b, tolerance=1e-5):
+    """Whether two tensors differ by at most `tolerance` anywhere."""
+    return torch.allclose(a, b, rtol=0, atol=tolerance)
+
+
 def mini_clip(patch=16, stem=()):
     """A random CLIP of 2 blocks and width 64, with byte tokens alone; always the same numbers."""
     torch.manual_seed(0)

@@ -204,11 +204,8 @@ def test_a_wrong_call_is_one_line(tmp_path, monkeypatch, capsys, words, message)
     assert not (tmp_path / "out").exists()
 
 
-def test_shipping_merges_rounds_and_calibrates(tmp_path, capsys):
-    model = mini.mini_sapl(lora_rank=2)
-    for name, weight in model.named_parameters():
-        if ".lora." in name:
-            torch.nn.init.normal_(weight, std=0.1)
+def test_shipping_rounds_and_calibrates(tmp_path, capsys):
+    model = mini.mini_sapl()
     train.save_checkpoint(tmp_path / "best.pt", model)
     for seed in range(3):
         mini.photo(80, 70, seed).save(tmp_path / f"{seed}.png")
@@ -216,7 +213,7 @@ def test_shipping_merges_rounds_and_calibrates(tmp_path, capsys):
     ship.main(f"--checkpoint {tmp_path}/best.pt --photos {tmp_path} --out {out}".split())
     assert "calibrated on 3 photos" in capsys.readouterr().out
     found = infer.load(out, "cpu", "fp32")
-    assert (found.config["clip"], found.config["lora_rank"]) == ("tiny", 0)
+    assert found.config["clip"] == "tiny"
     assert out.stat().st_size < 0.6 * (tmp_path / "best.pt").stat().st_size
     picture = mini.photo(80, 70)
     own, _ = infer.logits_of(model, picture)

@@ -24,9 +24,8 @@ def main(arguments=None):
     parser.add_argument("--out", default=str(clip.TINY))
     args = parser.parse_args(arguments)
     model = infer.load(args.checkpoint, "cpu", "fp32")
-    clip.merge_lora(model.clip)
     model.clip.name = "tiny"
-    model.config |= {"clip": "tiny", "lora_rank": 0, "lora_share": 0.0}
+    model.config["clip"] = "tiny"
 
     model.half().float()                                        # calibrate what will be stored
     photos = [picture.path for picture in synthesis.genuine_pictures(args.photos)]

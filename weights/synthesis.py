@@ -508,7 +508,7 @@ def write(pairs, out):
 
 def genuine_pictures(path):
     """The pictures of a folder or list that are not labelled as manipulated; else ValueError."""
-    pictures, _ = data.read_set(path, masks=False, decode=True)
+    pictures, _ = data.read_set(path, masks=False)
     genuine = [picture for picture in pictures if picture.label != 1]
     if not genuine:
         raise ValueError(f"found only manipulated pictures in {path}, expected genuine ones: name "
@@ -539,8 +539,7 @@ def main(arguments=None):
         return 2
 
     torch.manual_seed(args.seed)
-    windows = data.TrainingSet(photos, max_side=data.MAX_PIXELS, cell=1, window=args.size,
-                               seed=args.seed)
+    windows = data.TrainingSet(photos, max_side=10 ** 9, cell=1, window=args.size, seed=args.seed)
     rng = np.random.default_rng(args.seed)
     write(make_pairs(windows, args.count, rng), args.out)
     print(f"{args.count} pairs in {args.out}: au/, tp/, mask/, list.csv")
