@@ -353,7 +353,7 @@ def demo():
     Image.fromarray(noise).save(file, "JPEG")
     spliced = open_image(file)
     spliced.paste(Image.fromarray(noise[:, 256:]), (256, 0))           # has never been a JPEG
-    print("Mean step from pixel to pixel across the borders of JPEG blocks, relative to all steps:")
+    print("A JPEG file with a pasted half\nSteps across JPEG block borders, relative to all steps:")
     for max_side, block in ((512, 8), (256, 4)):             # native pixels, half the size
         pixels = view(spliced, max_side, cell=16)                                 # (3, H', W')
         steps = pixels.diff(dim=2).abs().mean(dim=(0, 1))                         # (W' - 1,)
