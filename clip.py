@@ -1,7 +1,7 @@
 """CLIP: two towers that embed images and text in one joint space (Radford et al. 2021).
 
-SAPL needs what OpenAI's package lacks: features of every patch, prompts given as embeddings, images
-of any size, LoRA. Modules and parameters keep OpenAI's names, so OpenAI's weights load unchanged.
+SAPL needs what OpenAI's package lacks: features of every patch, prompts given as embeddings, LoRA,
+and any grid of whole patches. Modules and parameters keep OpenAI's names, so its weights load.
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L tokens.
 """
 import functools
@@ -55,7 +55,7 @@ WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)"
 
 @functools.lru_cache                                     # built once per vocabulary size
 class Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016); 514 ids are bytes alone and need no download."""
+    """Byte-pair encoding (Sennrich et al. 2016). A vocab_size of 514 has no merges: no download."""
 
     def __init__(self, vocab_size):
         self.ranks = {}                          # of the pairs that merge, in the order learned

@@ -229,7 +229,7 @@ def read_folder(root):
 
 
 def read_list(file):
-    """A list as CSV or IMDL-BenCo's JSON -> (pictures, Report); paths start at its folder."""
+    """A list as CSV or IMDL-BenCo's JSON -> (pictures, Report); paths: relative to its folder."""
     try:
         text = file.read_text(encoding="utf-8-sig")
         is_json = file.suffix.lower() == ".json"
@@ -320,7 +320,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.window = window
         self.seed = seed
         self.epoch = 0
-        self.aims = {}            # {path: (y, x)}: pixel of the view that item i contains
+        self.aims = {}            # {path: (y, x)}: view pixel that item i < len(self) must contain
 
     def __len__(self):
         return len(self.pictures)

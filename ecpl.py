@@ -156,9 +156,9 @@ class Depths(nn.Module):
 
 
 def pool_score(logits, rho):
-    """Smooth top-k pooling [ours], k = rho * N: patch logits (B, N) -> image logit (B,). The mean's
-    weights fall off around the k-th largest logit, over distances in standard deviations, so that
-    logits just below it learn, too. The weights themselves carry no gradient."""
+    """Smooth top-k pooling [ours], k = rho * N: patch logits (B, N) -> image logit (B,). A weighted
+    mean: a logit z standard deviations above the k-th largest weighs sigmoid(4 z), so those just
+    below it get gradient, too. The weights themselves carry no gradient."""
     k = max(1, round(rho * logits.shape[1]))
     fixed = logits.detach()
     kth_largest = fixed.topk(k, dim=1).values[:, -1:]                          # (B, 1)
@@ -188,8 +188,8 @@ class SAPL(nn.Module):
 
     config, a dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context` (tokens
     per class), `rho` (see pool_score), `zoom` (enlarges pictures, as traces are finer than CLIP's
-    patches [ours]; divides the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share` (of
-    the blocks, the last ones), and for infer.py `max_side` and `window`, pixels.
+    patches [ours]; divides the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share` (the
+    fraction of blocks with it, the last); train.py, infer.py read `max_side`, `window` (pixels).
     """
 
     def __init__(self, clip_model, config):
@@ -225,7 +225,7 @@ class SAPL(nn.Module):
         features = F.normalize(features.float(), dim=-1)
         difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
         cosines = (features * difference).sum(dim=-1)                          # (B, N)
-        scale = self.log_scale.clamp(0, np.log(100)).exp()                     # bounded as in CLIP
+        scale = self.log_scale.clamp(0, np.log(100)).exp()                     # CLIP: at most 100
         return scale * cosines + self.bias
 
     def read(self, image):

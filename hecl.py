@@ -22,8 +22,8 @@ from torch.distributed.nn.functional import all_gather
 def select(edges, logits, truth, *, share, top):
     """Choose patches to contrast: edges, logits, truth (B, N) -> indices, classes (B, 2K).
 
-    Edge patches are the `share` with the strongest edges. Of these, the K most manipulated come
-    first, then the K least, by their known class or else by logits. K: `top`, or half of them all.
+    Edge patches are the `share` with the strongest edges. Of these, the K most suspicious come
+    first, then the K least; a known class outranks any logit. K: `top`, at most half of them.
     """
     count = max(1, round(share * edges.shape[1]))
     K = max(1, min(top, count // 2))
@@ -110,7 +110,7 @@ class HECL(nn.Module):
         """depths [(B, N, D)], edges, logits, truth (B, N), labels (B,) -> scalar >= 0."""
         chosen, truth = select(edges, logits, truth, share=self.share, top=self.top)
         K = chosen.shape[1] // 2
-        # Where nothing is known, the most suspicious patches get the class of their picture.
+        # Unknown: the K most suspicious get the picture's label, the K least count as genuine.
         guess = torch.zeros_like(truth)                                        # (B, 2K)
         guess[:, :K] = labels[:, None]
         classes = torch.where(truth < 0, guess, truth)                         # (B, 2K)

@@ -135,11 +135,12 @@ def patch_logits(model, image, looks=2):
     for top, bottom in tiles(H // p, size):
         for left, right in tiles(W // p, size):
             window = image[:, p * top:p * bottom, p * left:p * right].to(model.bias.device)
-            views = torch.stack([window, window.flip(2)][:looks])  # (looks, 3, .., ..)
             with model.autocast():
-                logits = model(views).logits.float()               # (looks, rows, columns)
-            logits[1:] = logits[1:].flip(2)                        # mirrored back
-            grid[top:bottom, left:right] = logits.mean(dim=0)      # (rows, columns)
+                logits = model(window[None]).logits[0].float()     # (rows, columns)
+                if looks == 2:
+                    mirrored = model(window.flip(2)[None]).logits[0].float()
+                    logits = (logits + mirrored.flip(1)) / 2       # (rows, columns)
+            grid[top:bottom, left:right] = logits
     return grid
 
 

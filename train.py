@@ -17,7 +17,7 @@ Three lessons about weak labels:
    pixels (data.view), and a held-out picture has the score that infer.py gives it.
 2. A window inherits the label of its picture but may miss the manipulated region. So windows of
    large pictures are aimed at what looks most manipulated (`aim`).
-3. In many sets, compression reveals the class. So all pictures are worn alike (synthesis.wear).
+3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
 
 Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
 """
@@ -55,7 +55,7 @@ from weights import synthesis                                            # noqa:
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
-WINDOW = 256                          # side of what the tower sees of a picture, pixels
+WINDOW = 256                          # side of training windows, limit of infer.py's; view pixels
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
 LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
@@ -73,7 +73,7 @@ def make_parser():
     add("--val", type=float, default=0.15, help="fraction of the pictures held out")
     add("--clip", default="tiny", help="start: tiny (the shipped SAPL), ViT-B/16 or another "
         "official CLIP, a file of CLIP weights, or a checkpoint of SAPL")
-    add("--lora-rank", type=int, help="rank of LoRA, 0: CLIP stays frozen (None: by the start)")
+    add("--lora-rank", type=int, help="rank of LoRA, 0: no LoRA (None: depends on --clip)")
     add("--splices", type=int, default=16, help="self-made splices a step")
     add("--hecl", type=float, default=0.1, help="weight of HECL, 0: off")
     add("--epochs", type=int, default=4, help="passes over the pictures")
@@ -103,7 +103,7 @@ def flag(name):
 
 
 def resume(arguments):
-    """The settings of the run in --out, with those that may change, and its last checkpoint."""
+    """The stored settings of the run in --out, updated by `arguments`, and its last checkpoint."""
     out = make_parser().parse_args(arguments).out
     state = infer.load_checkpoint(Path(out, "last.pt"))
 
@@ -154,8 +154,8 @@ def read_pictures(args, held_out):
 
 
 def validation_pictures(held_out, sizes):
-    """What validation judges: [(path or PIL RGB, label)]. If nothing held out is manipulated, up to
-    100 windows and splices of them, always the same. sizes: arguments of data.TrainingSet."""
+    """Pictures to validate on: [(path or PIL RGB, label)]. If none held out is manipulated: up
+    to 100 windows and splices of these, the same each run. sizes: arguments of data.TrainingSet."""
     if any(p.label == 1 for p in held_out):
         return [(p.path, p.label) for p in held_out]
     windows = data.TrainingSet(held_out, seed=0, **sizes)
@@ -172,7 +172,7 @@ def validation_pictures(held_out, sizes):
 def plan_epoch(count, genuine, args, rng):
     """The order of an epoch: indices (steps, batch + splices) into the training set.
 
-    The last of each row are genuine pictures to splice, at random. Their numbers lie above
+    Each row ends with genuine pictures, drawn at random, to splice. Their indices start at
     `count`, where `data.TrainingSet` draws other windows of the same pictures.
     """
     steps = count // args.batch
@@ -183,7 +183,7 @@ def plan_epoch(count, genuine, args, rng):
 
 @torch.no_grad()
 def make_batch(windows, labels, splices, cell, rng):
-    """Compress some windows, splice the last `splices` of them, then wear all alike.
+    """Compress some windows, splice the last `splices` of them, then degrade about half of all.
 
     windows (B, 3, S, S) uint8, labels (B,) -> image (B, 3, S, S) in [0, 1], labels (B,), truth
     (B, N): 1 where a patch is manipulated, 0 where it is genuine, -1 where nobody knows.
@@ -203,7 +203,7 @@ def make_batch(windows, labels, splices, cell, rng):
         images[n:] = torch.where(seen[:, None, None, None], made.image, photo)
         labels = torch.cat([labels[:n], seen.long()])                          # (B,)
         inside = inside * seen[:, None]                                        # (splices, N)
-        # patches on the border hold both: they are left out
+        # left out: patches on the border, of which 5 to 50 % is manipulated
         known = torch.where(inside > 0.5, 1, torch.where(inside < 0.05, 0, -1))
         truth = torch.cat([truth[:n], known])                                  # (B, N)
     return synthesis.wear(images, rng) / 255, labels, truth
@@ -279,8 +279,8 @@ class Objective(nn.Module):
             label_loss = F.binary_cross_entropy_with_logits(
                 score[~is_splice], labels[~is_splice].float(), pos_weight=self.balance)
 
-        # Where: patches of splices against what is known of them; those inside count four times, as
-        # they are few. Without this term the map of a set of genuine photos learns nothing.
+        # Where: the known patches of splices and, in a set of genuine photos, of all. Manipulated
+        # ones are few and count four times. Without this term, genuine photos alone give no map.
         judged = is_splice | (not self.has_manipulated)                        # (B,)
         inside = (truth == 1).float()                                          # (B, N)
         known = ((truth >= 0) & judged[:, None]).float()                       # (B, N)
@@ -305,7 +305,7 @@ def auc(values, labels):
 
 
 def validate(model, pictures):
-    """Score held-out pictures exactly as infer.py does -> image cross-entropy and AUC.
+    """Score held-out pictures as infer.py does, but uncalibrated -> image cross-entropy and AUC.
 
     pictures: see validation_pictures. Each process judges all, so none has to wait for another.
     """
@@ -413,8 +413,8 @@ def connect(name):
 
 
 class Run:
-    """What a training consists of. Whatever is wrong with a call is found here, before the first
-    step: BadInput, ValueError or OSError of one line."""
+    """All state of a training run. A wrong call fails here, before the first step, with a BadInput,
+    ValueError or OSError of one line."""
 
     def __init__(self, args, state):
         check(args)
@@ -465,7 +465,7 @@ class Run:
         Path(args.out, "log.csv").touch()                        # can it be written?
 
     def end_epoch(self, row):
-        """Keep its row, its weights if they are the best so far, the state and the log."""
+        """Append the row; rank 0 writes best.pt (if this epoch is the best), last.pt, log.csv."""
         self.history.append(row)
         if self.rank > 0:
             return
@@ -601,7 +601,7 @@ def main(arguments=None):
         if isinstance(error, torch.OutOfMemoryError):
             last = "found too little memory on the GPU: lower --batch or --splices"
         print(f"error: {last.removeprefix('data.BadInput: ')}", file=sys.stderr)
-        print("note: finished epochs are kept; continue with --resume", file=sys.stderr)
+        print("note: finished epochs are kept in --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished epochs are kept; continue with --resume", file=sys.stderr)

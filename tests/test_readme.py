@@ -1,4 +1,4 @@
-"""The README stays true: its commands, paths, symbols and line counts are those of the code."""
+"""README and tutorial stay true: their commands, paths, symbols, line counts are the code's."""
 import importlib
 import os
 import re
@@ -16,7 +16,8 @@ import infer
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = ("clip", "ecpl", "hecl", "data", "train", "infer")
-BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+TUTORIAL = (ROOT / "tests" / "tutorial.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT + TUTORIAL, re.S)
 LINES = "\n".join(BLOCKS).splitlines()
 COMMANDS = [line.split("  #")[0].strip() for line in LINES if line.strip()]
 PYTHON = [command for command in COMMANDS if command.startswith("python ")]
@@ -25,6 +26,7 @@ PYTHON = [command for command in COMMANDS if command.startswith("python ")]
 SMALL = {     # what a command gets besides, so that it ends in seconds
     "train.py --data": "--epochs 1 --batch 4 --splices 2 --workers 0 --val 0.25",
     "train.py --out": "--workers 0 --epochs 2",                    # a finished run, longer
+    "synthesis.py": "--size 64 --count 8",
 }
 NOT_HERE = ("git clone", "-m venv", "-m pytest")                   # CI runs the last two
 SETS = ("CASIA1", "CASIA2", "Columbia", "COVERAGE", "IMD2020")     # names of folders to measure on
@@ -42,7 +44,7 @@ def place(folder):
             if name == "mask":
                 array = np.where(array > 200, 255, 0).astype(np.uint8)
             Image.fromarray(array).save(folder / "FOLDER" / name / f"{i}.png")
-    for other in ("PHOTOS", "PICTURES"):
+    for other in ("PHOTOS", "OTHERS", "PICTURES"):
         (folder / other).symlink_to(folder / "FOLDER" / "au")
     for name in SETS:
         (folder / name).symlink_to(folder / "FOLDER")
@@ -79,6 +81,8 @@ def test_every_command_runs(tmp_path):
     assert not failures, "\n".join(failures)
     assert (tmp_path / "out" / "report.html").exists()
     assert (tmp_path / "results" / "metrics.json").exists()
+    with Image.open(tmp_path / "runs" / "first.png") as plot:
+        assert plot.size == (960, 260)
 
 
 @pytest.mark.parametrize("name", ["clip", "ecpl", "hecl", "data"])

@@ -382,7 +382,7 @@ def test_ends(place, tmp_path, monkeypatch, capsys, where, call, action, status,
     assert train.main(words(place, tmp_path)) == status
     line, *notes = capsys.readouterr().err.splitlines()
     assert re.match(message, line)
-    assert notes == ["note: finished epochs are kept; continue with --resume"] * (status == 2)
+    assert notes == ["note: finished epochs are kept in --out"] * (status == 2)
     assert not list(tmp_path.glob("*.part"))
     assert not epochs or len(saved(place, tmp_path)["history"]) == epochs
 
