@@ -11,8 +11,8 @@ arXiv summaries), nothing more. So each statement about the method names its sou
 Why prompts? CLIP compares pictures with sentences, but a forgery shows what any picture may show,
 and we know no words for its traces. CoOp (Zhou et al. 2022) learns the words, CoCoOp (2022) shifts
 them with each picture, and ECPL takes that shift from edges, where manipulated regions show. To get
-a map, each patch is compared with the sentences, as in MaskCLIP (Zhou et al. 2022). With splices in
-the training, ECPL adds nothing that we could measure (tests/README.md).
+a map, each patch is compared with the sentences, as in MaskCLIP (Zhou et al. 2022). In the ablation
+(tests/README.md) this shift changes nothing beyond the spread over seeds.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).

@@ -6,8 +6,8 @@ queues for each level of the image tower ("hierarchical") are ours. HECL serves 
 
 Why contrast? A classifier may rely on any cue that separates the training pictures. Contrast asks
 for more: patches of one class resemble each other across pictures and differ from the other class.
-A batch holds few pictures, so queues keep patches of earlier ones (MoCo, He et al. 2020). What HECL
-brings is measured in tests/README.md.
+A batch holds few pictures, so queues keep patches of earlier ones (MoCo, He et al. 2020). In the
+ablation (tests/README.md) HECL adds 0.003 to the image AUC, about its spread, and with splices 0.
 
 Shapes: B images, N patches, D joint width, d contrast width, K patches of a kind per image,
 A = B * 2K anchors, Q keys; class 0 genuine, 1 manipulated, -1 unknown.
