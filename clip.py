@@ -97,7 +97,7 @@ class Tokenizer:
 
 
 def tokenize(texts, context_length=77, vocab_size=49408):
-    """One text or B texts -> OpenAI's ids (B, context_length), zero-padded, or ValueError."""
+    """One text or B texts -> ids (B, context_length), zero-padded; ValueError if too long."""
     if isinstance(texts, str):
         texts = [texts]
     tokenizer = Tokenizer(vocab_size)

@@ -43,7 +43,7 @@ def one_line(remedy=""):
 
 
 def to_bytes(values):
-    """Numbers, 0 = black, -> uint8. White is the smallest of 1, 255, 4095 (12 bits) and 65535 that
+    """Numbers (0 is black) -> uint8. White is the smallest of 1, 255, 4095 (12 bits) and 65535 that
     no value exceeds [ours]; BadInput for negative, larger or non-finite values."""
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 65535:                        # NaN fits nowhere

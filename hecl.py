@@ -54,7 +54,7 @@ class DualQueue(nn.Module):
         self.register_buffer("features", torch.zeros(2, length, dim))          # oldest first
 
     def push(self, features, classes, known):
-        """features (B, K, d), classes, known (B, K): append as many of each class, known first."""
+        """features (B, K, d), classes, known (B, K): append n of each class, known first."""
         genuine = features[classes == 0]                                       # (.., d)
         sure = features[(classes == 1) & known]                                # (.., d)
         guessed = features[(classes == 1) & ~known]                            # (.., d)

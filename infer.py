@@ -233,7 +233,7 @@ def figure(row):
 
 
 def collect(words, out):
-    """Files and folders -> paths of pictures, each once, less the outputs in `out`, a real path."""
+    """Files and folders -> paths of pictures, each once, without outputs in `out` (a real path)."""
     paths = {}                                                     # {real path: path}
     for word in words:
         files, left_out = data.files_in(word) if os.path.isdir(word) else ([Path(word)], {})
@@ -254,7 +254,8 @@ def run(args):
     model = load(args.checkpoint, args.device, args.precision)
     model_name = f"{Path(args.checkpoint).name} {clip.sha256_of(args.checkpoint)[:12]}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    table = open(Path(args.out, "results.csv"), "a", 1, "utf-8", "backslashreplace")  # 1: by lines
+    # buffering=1: each line reaches the disk at once
+    table = open(Path(args.out, "results.csv"), "a", 1, "utf-8", "backslashreplace")
     report = open(Path(args.out, "report.html"), "a", 1, "utf-8", "backslashreplace")
     rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
     if table.tell() == 0:

@@ -376,8 +376,8 @@ def save_checkpoint(path, model, **state):
 def learning_rate(done):
     """Learning-rate multiplier after a fraction `done` of training.
 
-    It ends at a tenth, not at zero. A run that --resume --epochs prolongs continues with the rate
-    that the longer schedule has at this point, which is higher.
+    It ends at a tenth, not at zero. A run prolonged by --resume --epochs follows the longer
+    schedule, so its rate rises again.
     """
     # 1) linear warm-up
     if done < 0.05:
@@ -401,7 +401,7 @@ def make_optimizer(weights, fast):
 
 
 def connect(name):
-    """(device, rank of this process, number of processes): torchrun's, or one on its own."""
+    """(device, rank of this process, number of processes): as torchrun set them, or alone."""
     device = infer.pick_device(name)
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -531,7 +531,7 @@ def train_epoch(run, objective, epoch):
         with run.model.autocast():
             losses = objective(image, labels, truth, min(1, done / 0.05))
         losses[0].backward()
-        nn.utils.clip_grad_norm_(run.weights, 1.0)       # ours: length 1
+        nn.utils.clip_grad_norm_(run.weights, 1.0)       # ours: norm at most 1
 
         # update
         run.optimizer.step()
