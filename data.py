@@ -124,7 +124,6 @@ class Picture(NamedTuple):
     label: int | None
     mask: Path | None = None
     source: str = ""              # pictures of one scene share it: `split` keeps them together
-    inverted: bool = False        # the mask is black where manipulated
     size: tuple = (0, 0)          # (H, W), upright
 
 

@@ -256,7 +256,7 @@ class SAPL(nn.Module):
 def demo(out="out/method.png"):
     """Show the steps on tests/forged.png, in numbers and as a row of pictures."""
     state = torch.load(clip.TINY, weights_only=True)
-    model = SAPL(clip.load("tiny"), state["config"]).eval()
+    model = SAPL(clip.build(state["clip"]), state["config"]).eval()
     tower = {f"clip.{key}": x for key, x in state["clip"].items()}
     model.load_state_dict(tower | state["model"])
     picture = Image.open(Path(__file__).with_name("tests") / "forged.png")

@@ -255,29 +255,30 @@ def run(args):
     model_name = f"{Path(args.checkpoint).name} {clip.sha256_of(args.checkpoint)[:12]}"
     Path(args.out).mkdir(parents=True, exist_ok=True)
     # buffering=1: each line reaches the disk at once
-    table = open(Path(args.out, "results.csv"), "a", 1, "utf-8", "backslashreplace")
-    report = open(Path(args.out, "report.html"), "a", 1, "utf-8", "backslashreplace")
-    rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    if table.tell() == 0:
-        rows.writeheader()
-    if report.tell() == 0:
-        report.write(REPORT)
+    as_text = {"mode": "a", "buffering": 1, "encoding": "utf-8", "errors": "backslashreplace"}
+    with open(Path(args.out, "results.csv"), **as_text) as table, \
+            open(Path(args.out, "report.html"), **as_text) as report:
+        rows = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        if table.tell() == 0:
+            rows.writeheader()
+        if report.tell() == 0:
+            report.write(REPORT)
 
-    done = 0
-    for path in paths:
-        name = os.fsencode(path).decode("utf-8", "backslashreplace")
-        row = {"path": name, "model": model_name, "error": ""}
-        try:
-            row |= answer(model, path, args.out, Path(name).stem)
-        except (BadInput, MemoryError, torch.OutOfMemoryError, OSError) as error:
-            row["error"] = str(error).removeprefix(f"{path}: ") or type(error).__name__
-        rows.writerow(row)
-        report.write(figure(row))
-        if row["error"]:
-            print(f"error: {name}: {row['error']}", file=sys.stderr)
-        else:
-            done += 1
-            print(f"{name}  {row['text']}  -> {row['overlay']}", flush=True)
+        done = 0
+        for path in paths:
+            name = os.fsencode(path).decode("utf-8", "backslashreplace")
+            row = {"path": name, "model": model_name, "error": ""}
+            try:
+                row |= answer(model, path, args.out, Path(name).stem)
+            except (BadInput, MemoryError, torch.OutOfMemoryError, OSError) as error:
+                row["error"] = str(error).removeprefix(f"{path}: ") or type(error).__name__
+            rows.writerow(row)
+            report.write(figure(row))
+            if row["error"]:
+                print(f"error: {name}: {row['error']}", file=sys.stderr)
+            else:
+                done += 1
+                print(f"{name}  {row['text']}  -> {row['overlay']}", flush=True)
     print(f"{done} of {len(paths)} done: {args.out}/report.html\n{CAUTION}", file=sys.stderr)
     return 0 if done == len(paths) else 1
 

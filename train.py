@@ -14,7 +14,7 @@ and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as 
 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference see the same native
-   pixels (data.view), and a held-out picture has the score that infer.py gives it.
+   pixels (data.view), and a held-out picture has infer.py's score, but for the calibration.
 2. A window inherits the label of its picture but may miss the manipulated region. So windows of
    large pictures are aimed at what looks most manipulated (`aim`).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
@@ -105,7 +105,10 @@ def flag(name):
 def resume(arguments):
     """The stored settings of the run in --out, updated by `arguments`, and its last checkpoint."""
     out = make_parser().parse_args(arguments).out
-    state = infer.load_checkpoint(Path(out, "last.pt"))
+    last = Path(out, "last.pt")
+    state = infer.load_checkpoint(last)
+    if "settings" not in state:
+        raise BadInput(f"found {last} without the state of a run, expected a last.pt: start anew")
 
     # words of the command line replace stored settings; defaults do not
     stored = state["settings"]

@@ -77,8 +77,8 @@ def read_mask(picture):
     """A Picture with a mask -> (H, W) bool in the mask's own size, turned like its picture;
     data.BadInput if it cannot be read."""
     rgb = data.open_image(picture.mask, "black")
-    mask = binarize(rgb, picture.mask) != picture.inverted                        # (H, W)
-    if mask.mean() > 0.5 and not picture.inverted and INVERTED.search(str(picture.mask).lower()):
+    mask = binarize(rgb, picture.mask)                                            # (H, W)
+    if mask.mean() > 0.5 and INVERTED.search(str(picture.mask).lower()):
         mask = ~mask
     if mask.shape == picture.size[::-1] != picture.size:
         with Image.open(picture.path) as image:      # on its side: turn it as the picture was,

@@ -225,14 +225,13 @@ def test_masks_are_read_in_the_forms_of_the_field(tmp_path):
     truth[1:3, :2] = 1
     red = np.stack([200 * (1 - truth), 100 * truth, 0 * truth], axis=2)
     forms = {"255.png": 255 * truth, "1.png": truth, "a_edgemask.png": red, "nist16.png": 1 - truth,
-             "inverted.png": 255 - 255 * truth, "turned.png": np.rot90(truth)}
+             "turned.png": np.rot90(truth)}
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)            # 4 x 6, upright
     for name, mask in forms.items():
         Image.fromarray(mask).save(tmp_path / name)
-        picture = data.Picture(tmp_path / "turned.jpg", 1, tmp_path / name,
-                               inverted=name == "inverted.png", size=(6, 4))
+        picture = data.Picture(tmp_path / "turned.jpg", 1, tmp_path / name, size=(6, 4))
         assert np.array_equal(evaluate.read_mask(picture), truth), name
 
 

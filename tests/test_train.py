@@ -459,9 +459,12 @@ def test_two_processes_agree(place):
     ("--out {0}/mini.pt/run", ".*Not a directory"),
     ("--out {0}/reference", "found a run in .* add --resume, or choose another --out"),
     ("--out {0}/reference --resume --lr 5e-4", "--lr 0.0005, but .* has 0.002"),     # the default
+    ("--out {0}/bare --resume", "found .*bare/last.pt without the state of a run"),
     ("--resume", "found no .*wrong/last.pt, expected a checkpoint of train.py")])
 def test_a_wrong_call_is_one_line_before_any_training(place, reference, capsys, wrong, message):
     shutil.copytree(place / "set/tp", place / "only/tp", dirs_exist_ok=True)
+    (place / "bare").mkdir(exist_ok=True)
+    shutil.copy(place / "reference/best.pt", place / "bare/last.pt")
     assert train.main([*words(place, "wrong"), *wrong.format(place).split()]) == 2
     said = capsys.readouterr()
     error, = [line for line in said.err.splitlines() if not line.startswith("note: ")]
