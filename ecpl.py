@@ -205,7 +205,7 @@ class SAPL(nn.Module):
         self.depths = Depths(Dv, D, levels)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.zeros(()))
-        # subtracted from the logits, so that decisions are made at 0.5; set by train.calibrate
+        # subtracted from the logits, so that decisions are made at 0.5; set by train.validate
         self.register_buffer("map_shift", torch.zeros(()))
         self.register_buffer("score_shift", torch.zeros(()))
 

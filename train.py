@@ -31,24 +31,20 @@ import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":                    # Ctrl-C while torch is imported: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
-import numpy as np                                                       # noqa: E402
-import torch                                                             # noqa: E402
-import torch.distributed as dist                                         # noqa: E402
-import torch.nn as nn                                                    # noqa: E402
-import torch.nn.functional as F                                          # noqa: E402
-from PIL import Image                                                    # noqa: E402
-from torch.utils.data import DataLoader                                  # noqa: E402
-
-import clip                                                              # noqa: E402
-import data                                                              # noqa: E402
-import ecpl                                                              # noqa: E402
-import infer                                                             # noqa: E402
-from data import BadInput                                                # noqa: E402
-from hecl import HECL                                                    # noqa: E402
-from weights import synthesis                                            # noqa: E402
+import clip
+import data
+import ecpl
+import infer
+from data import BadInput
+from hecl import HECL
+from weights import synthesis
 
 
 # -------------------------------------------------------------------------------------- settings
@@ -86,8 +82,29 @@ def make_parser():
     return parser
 
 
-def check(args):
-    """Raise BadInput for a setting that makes no sense."""
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def read_settings(arguments):
+    """The command line -> (settings, the last checkpoint of a resumed run or None); BadInput for
+    settings that make no sense."""
+    args = make_parser().parse_args(arguments)
+    last = Path(args.out, "last.pt")
+    state = None
+    if args.resume:
+        # words of the command line replace stored settings; defaults do not
+        state = infer.load_checkpoint(last)
+        stored = state["settings"] | {"out": args.out}
+        args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
+        for name, value in stored.items():
+            if name not in FREE and getattr(args, name) != value:
+                raise BadInput(f"found {flag(name)} {getattr(args, name)}, but the run in "
+                               f"{args.out} has {value}: leave it out")
+    elif last.exists():
+        raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
+                       "choose another --out")
+
     if not args.data:
         raise BadInput("found no --data, expected a folder or list of pictures: name it")
     for name, least in LEAST.items():
@@ -96,28 +113,6 @@ def check(args):
             raise BadInput(f"found {flag(name)} {value}, expected at least {least}")
     if not 0 < args.val < 1:
         raise BadInput(f"found --val {args.val}, expected a number between 0 and 1")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def resume(arguments):
-    """The stored settings of the run in --out, updated by `arguments`, and its last checkpoint."""
-    out = make_parser().parse_args(arguments).out
-    last = Path(out, "last.pt")
-    state = infer.load_checkpoint(last)
-    if "settings" not in state:
-        raise BadInput(f"found {last} without the state of a run, expected a last.pt: start anew")
-
-    # words of the command line replace stored settings; defaults do not
-    stored = state["settings"]
-    args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
-    args.out = out
-    for name, value in vars(args).items():
-        if name not in FREE and value != stored[name]:
-            raise BadInput(f"found {flag(name)} {value}, but the run in {out} has {stored[name]}: "
-                           "leave it out")
     return args, state
 
 
@@ -131,11 +126,7 @@ def read_pictures(args, held_out):
     pictures, report = data.read_set(args.data, masks=False)
     for problem in report.problems:
         print(f"note: {problem}", file=sys.stderr)
-    large = [p for p in pictures if min(p.size) >= infer.MIN_SIDE]
-    if len(large) < len(pictures):
-        print(f"note: left out {len(pictures) - len(large)} pictures with a side below "
-              f"{infer.MIN_SIDE} pixels", file=sys.stderr)
-    pictures = [p._replace(label=p.label or 0) for p in large]       # no label: genuine photos
+    pictures = [p._replace(label=p.label or 0) for p in pictures]    # no label: genuine photos
 
     if held_out is None:
         train, val = data.split(pictures, args.val, args.seed)
@@ -143,9 +134,6 @@ def read_pictures(args, held_out):
         val = [p for p in pictures if str(p.path) in held_out]
         scenes = {p.source or p.path for p in val}
         train = [p for p in pictures if (p.source or p.path) not in scenes]
-        if len(val) < len(held_out):
-            print(f"note: {len(held_out) - len(val)} held-out pictures of this run are gone",
-                  file=sys.stderr)
 
     # image labels alone need both classes
     needed = {0, 1} if args.splices == 0 else {0} | {p.label for p in pictures}
@@ -153,35 +141,29 @@ def read_pictures(args, held_out):
         for label in needed - {p.label for p in part}:
             raise BadInput(f"found no {ecpl.CLASSES[label]} picture {name} in {args.data}, "
                            "expected some: add pictures or change --val")
+    if len(train) < args.batch:
+        raise BadInput(f"found {len(train)} pictures to train on, expected at least --batch "
+                       f"{args.batch}: add some, or lower --batch")
+    genuine = sum(p.label == 0 for p in val)
+    if genuine < 20:
+        print(f"note: only {genuine} genuine pictures to calibrate on, so 0.5 is a rough guess",
+              file=sys.stderr)
     return train, val
 
 
-def validation_pictures(held_out, sizes):
-    """Pictures to validate on: [(path or PIL RGB, label)]. If none held out is manipulated: up
-    to 100 windows and splices of these, the same each run. sizes: arguments of data.TrainingSet."""
-    if any(p.label == 1 for p in held_out):
-        return [(p.path, p.label) for p in held_out]
-    windows = data.TrainingSet(held_out, seed=0, **sizes)
-    photos = [windows[i][0] for i in range(min(100, len(windows)))]
-    photos = torch.stack(photos).float()                                       # (n, 3, S, S)
-    torch.manual_seed(0)
-    made = synthesis.splice(photos, photos.roll(1, dims=0), np.random.default_rng(0))
-
-    images = torch.cat([photos, made.image[made.seen]]).byte()                 # (n + m, 3, S, S)
-    images = images.movedim(1, 3).numpy()                                      # (n + m, S, S, 3)
-    return [(Image.fromarray(image), int(i >= len(photos))) for i, image in enumerate(images)]
-
-
-def plan_epoch(count, genuine, args, rng):
-    """The order of an epoch: indices (steps, batch + splices) into the training set.
+def plan_epoch(labels, args, epoch, process=slice(None)):
+    """The order of an epoch: indices (steps, batch + splices) into the training set, of which a
+    process takes its columns.
 
     Each row ends with genuine pictures, drawn at random, to splice. Their indices start at
-    `count`, where `data.TrainingSet` draws other windows of the same pictures.
+    len(labels), where `data.TrainingSet` draws other windows of the same pictures.
     """
+    rng = np.random.default_rng((args.seed, epoch))
+    count = len(labels)
     steps = count // args.batch
     labelled = rng.permutation(count)[:steps * args.batch].reshape(steps, args.batch)
-    spliced = count + rng.choice(genuine, (steps, args.splices))
-    return np.concatenate([labelled, spliced], axis=1)               # (steps, batch + splices)
+    spliced = count + rng.choice(np.flatnonzero(labels == 0), (steps, args.splices))
+    return np.concatenate([labelled[:, process], spliced[:, process]], axis=1)
 
 
 @torch.no_grad()
@@ -227,14 +209,15 @@ def make_model(args):
         if args.lora_rank not in (None, rank):
             raise BadInput(f"found --lora-rank {args.lora_rank}, but --clip {args.clip} keeps its "
                            f"own ({rank}): leave it out")
-        model.map_shift.zero_()                          # calibrated again at the end
-        model.score_shift.zero_()
         return model
 
+    try:
+        tower = clip.load(args.clip)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
     # OpenAI's towers never learned to see traces. So LoRA adapts them [digest], and pictures are
     # enlarged until a patch covers about 8 of their pixels. Our own tower, the one with a stem, was
     # pretrained on traces and stays frozen.
-    tower = clip.load(args.clip)
     patch = tower.visual.patch_size
     zoom = max((zoom for zoom in (2, 4) if patch % zoom == 0 and patch >= 7 * zoom), default=1)
     cell = patch // zoom
@@ -252,24 +235,23 @@ def make_model(args):
 # ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
-    """The model with its losses.
+    """The model with its losses. labels: an array, of the training set. Every weight is ours."""
 
-    labels: of the training set, an array. hecl_weight: see --hecl. Every weight is ours.
-    """
-
-    def __init__(self, model, hecl, hecl_weight, labels):
+    def __init__(self, model, hecl_weight, labels):
         super().__init__()
         self.model = model
-        self.hecl = hecl
+        D = model.clip.visual.proj.shape[1]
+        self.hecl = HECL(levels=len(model.config["levels"]), width=D, **HECL_SIZES)
+        self.hecl.requires_grad_(hecl_weight > 0)
         self.hecl_weight = hecl_weight
         manipulated = (labels == 1).mean()
         self.has_manipulated = manipulated > 0
         balance = (1 - manipulated) / manipulated if self.has_manipulated else 1.0
         self.register_buffer("balance", torch.tensor(float(balance)))
 
-    def forward(self, image, labels, truth, ramp):
-        """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N), ramp of HECL in [0, 1] -> (4,):
-        their weighted sum, label loss, patch loss, HECL."""
+    def forward(self, image, labels, truth):
+        """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N) -> (4,): their weighted sum, label
+        loss, patch loss, HECL."""
         output = self.model(image)
         logits = output.logits.flatten(1).float()                              # (B, N)
         score = output.score.float()                                           # (B,)
@@ -295,7 +277,7 @@ class Objective(nn.Module):
         if self.hecl_weight > 0:
             contrast = self.hecl(output.depths, output.edges, logits, labels, truth)
 
-        total = label_loss + patch_loss + ramp * self.hecl_weight * contrast
+        total = label_loss + patch_loss + self.hecl_weight * contrast
         return torch.stack([total, label_loss, patch_loss, contrast])
 
 
@@ -308,43 +290,37 @@ def auc(values, labels):
 
 
 def validate(model, pictures):
-    """Score held-out pictures as infer.py does, but uncalibrated -> image cross-entropy and AUC.
-
-    pictures: see validation_pictures. Each process judges all, so none has to wait for another.
-    """
+    """Judge held-out pictures as infer.py does: calibrate the model on the genuine ones, and return
+    the image cross-entropy and AUC before calibration; {} if none is manipulated. Each process
+    judges all, so none has to wait for another."""
     model.eval()
-    labels = np.array([label for _, label in pictures])                        # (n,)
+    labels = np.array([p.label for p in pictures])                             # (n,)
     scores = np.zeros(len(pictures))                                           # (n,)
-    for i, (source, _) in enumerate(pictures):
-        picture = data.open_image(source) if isinstance(source, Path) else source
-        scores[i] = infer.logits_of(model, picture)[1].item()
+    genuine_pixels = []
+    for i, picture in enumerate(pictures):
+        map, score = infer.logits_of(model, data.open_image(picture.path))
+        scores[i] = score.item()
+        if picture.label == 0:
+            # 200 quantiles of each picture, so that all pictures count the same
+            pixels = np.quantile(map.numpy(), np.arange(1, 201) / 200, method="higher")
+            genuine_pixels.append(pixels)
     model.train()
+
+    # Make 0.5 the operating point: 9 % of the pixels of genuine pictures, and 10 % of these
+    # pictures, lie above it [ours].
+    map_shift = np.quantile(genuine_pixels, 0.91, method="higher")
+    score_shift = np.quantile(scores[labels == 0], 0.9, method="higher")
+    model.map_shift.fill_(float(map_shift))
+    model.score_shift.fill_(float(score_shift))
+    if not labels.any():
+        return {}
     loss = np.logaddexp(0, np.where(labels == 1, -scores, scores)).mean()
     return {"val_label_loss": float(loss), "val_auc": auc(scores, labels)}
 
 
 def best_of(history):
-    """The row of the best epoch, by image labels of held-out pictures alone."""
-    return max(history, key=lambda row: (row["val_auc"], -row["val_label_loss"]))
-
-
-def calibrate(model, genuine):
-    """Shift map and score so that 0.5 is the operating point: 9 % of the pixels of these genuine
-    pictures (paths), and 10 % of the pictures, lie above it [ours]."""
-    model.eval()
-    pixels = []
-    scores = []
-    for path in genuine:
-        map, score = infer.logits_of(model, data.open_image(path))
-        scores.append(score.item())
-        # 200 quantiles of each picture, so that all pictures count the same
-        pixels.append(np.quantile(map.numpy(), np.arange(1, 201) / 200, method="higher"))
-
-    if len(scores) < 20:
-        print(f"note: only {len(scores)} genuine pictures to calibrate on, so 0.5 is a rough guess",
-              file=sys.stderr)
-    model.map_shift.fill_(float(np.quantile(pixels, 0.91, method="higher")))
-    model.score_shift.fill_(float(np.quantile(scores, 0.9, method="higher")))
+    """The row of the epoch with the highest val_auc, or of the last one if there is none."""
+    return max(history, key=lambda row: (row.get("val_auc", 0), row["epoch"]))
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -353,25 +329,17 @@ def save_checkpoint(path, model, **state):
     """Write SAPL and `state` (tensors and plain types) to a temporary file, then rename it, so that
     an interruption leaves the previous file intact. An official CLIP is stored by name and hash.
     Raises OSError."""
-    own = {}
-    backbone = {}
-    for key, value in model.state_dict().items():
-        if infer.is_backbone(key):
-            backbone[key.removeprefix("clip.")] = value.cpu()                  # OpenAI's names
-        else:
-            own[key] = value.cpu()
+    weights = {key: x.cpu() for key, x in model.state_dict().items()}
+    own = {key: x for key, x in weights.items() if not infer.is_backbone(key)}
+    backbone = {key.removeprefix("clip."): x for key, x in weights.items() if key not in own}
     if model.clip.name in clip.OFFICIAL:
         backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
     content = {"format": infer.FORMAT, "config": model.config, "clip": backbone, "model": own}
     buffer = io.BytesIO()
     torch.save(content | state, buffer)
-
     part = Path(f"{path}.part")
-    try:
-        part.write_bytes(buffer.getbuffer())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    part.write_bytes(buffer.getbuffer())
+    part.replace(path)
 
 
 # -------------------------------------------------------------------------------------- the loop
@@ -389,18 +357,13 @@ def learning_rate(done):
     return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
-def make_optimizer(weights, fast):
-    """AdamW on weights. Decay is for matrices alone, not for biases, gains and temperatures.
-    `times`: a group's own multiple of the learning rate, 4 for the `fast` weights [ours]."""
-    fast = {id(p) for p in fast}
-    groups = []
-    for times in (1, 4):
-        own = [p for p in weights if (id(p) in fast) == (times == 4)]
-        matrices = [p for p in own if p.ndim >= 2]
-        others = [p for p in own if p.ndim < 2]
-        groups.append({"params": matrices, "weight_decay": 0.02, "times": times})
-        groups.append({"params": others, "weight_decay": 0.0, "times": times})
-    return torch.optim.AdamW(groups)
+def make_optimizer(objective):
+    """Adam on all weights that train. `times`: a group's own multiple of the learning rate; what
+    the levels add to the map learns four times as fast [ours]."""
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    depths = [p for name, p in trained.items() if ".depths." in name]
+    others = [p for name, p in trained.items() if ".depths." not in name]
+    return torch.optim.Adam([{"params": depths, "times": 4}, {"params": others, "times": 1}])
 
 
 def connect(name):
@@ -416,21 +379,15 @@ def connect(name):
 
 
 class Run:
-    """All state of a training run. A wrong call fails here, before the first step, with a BadInput,
-    ValueError or OSError of one line."""
+    """All state of a training run. A wrong call fails here, before the first step, with a BadInput
+    or OSError of one line."""
 
     def __init__(self, args, state):
-        check(args)
         self.args = args
         self.device, self.rank, self.world = connect(args.device)
-        for name in ("batch", "splices"):
-            if getattr(args, name) % self.world:
-                raise BadInput(f"found {flag(name)} {getattr(args, name)}, expected a multiple of "
-                               f"the number of processes, {self.world}")
-        if not state and Path(args.out, "last.pt").exists():
-            raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
-                           "choose another --out")
-
+        if args.batch % self.world or args.splices % self.world:
+            raise BadInput(f"found --batch {args.batch} and --splices {args.splices}, expected "
+                           f"multiples of the number of processes, {self.world}")
         # model
         if state:
             model = infer.load(Path(args.out, "last.pt"), self.device, args.precision)
@@ -441,26 +398,18 @@ class Run:
 
         # pictures
         pictures, self.held_out = read_pictures(args, state and state["held_out"])
-        if len(pictures) < args.batch:
-            raise BadInput(f"found {len(pictures)} pictures to train on, expected at least "
-                           f"--batch {args.batch}: add some, or lower --batch")
         self.labels = np.array([p.label for p in pictures])
-        sizes = {"max_side": model.config["max_side"], "cell": model.cell,
-                 "window": model.config["window"]}
-        self.train_set = data.TrainingSet(pictures, seed=args.seed, **sizes)
-        self.val_set = validation_pictures(self.held_out, sizes)
+        self.train_set = data.TrainingSet(
+            pictures, max_side=model.config["max_side"], cell=model.cell,
+            window=model.config["window"], seed=args.seed)
 
         # losses and optimizer
-        D = model.clip.visual.proj.shape[1]
-        self.hecl = HECL(levels=len(model.config["levels"]), width=D, **HECL_SIZES)
-        self.hecl = self.hecl.to(self.device).requires_grad_(args.hecl > 0)
-        self.weights = [p for part in (model, self.hecl) for p in part.parameters()
-                        if p.requires_grad]
-        self.optimizer = make_optimizer(self.weights, model.depths.parameters())
+        self.objective = Objective(model, args.hecl, self.labels).to(self.device)
+        self.optimizer = make_optimizer(self.objective)
 
         self.history = []                                        # one row per epoch
         if state:
-            self.hecl.load_state_dict(state["hecl"])
+            self.objective.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.train_set.aims = state["aims"]
             self.history = state["history"]
@@ -477,7 +426,7 @@ class Run:
             save_checkpoint(Path(out, "best.pt"), self.model)
         save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
                         held_out=[str(p.path) for p in self.held_out], aims=self.train_set.aims,
-                        settings=vars(self.args), hecl=self.hecl.state_dict(),
+                        settings=vars(self.args), hecl=self.objective.hecl.state_dict(),
                         optimizer=self.optimizer.state_dict())
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
         with open(Path(out, "log.csv"), "w", newline="") as file:
@@ -512,12 +461,8 @@ def train_epoch(run, objective, epoch):
     """One pass over the pictures -> its mean losses: total, label, patch, HECL."""
     args = run.args
     run.train_set.epoch = epoch
-    rng = np.random.default_rng((args.seed, epoch))
-    genuine = np.flatnonzero(run.labels == 0)
-    plan = plan_epoch(len(run.labels), genuine, args, rng)
-    parts = np.split(plan, [args.batch], axis=1)         # each process takes its share of both
-    own = np.concatenate([part[:, run.rank::run.world] for part in parts], axis=1)
-    loader = DataLoader(run.train_set, batch_sampler=own.tolist(), num_workers=args.workers)
+    plan = plan_epoch(run.labels, args, epoch, slice(run.rank, None, run.world))
+    loader = DataLoader(run.train_set, batch_sampler=plan.tolist(), num_workers=args.workers)
 
     rng = np.random.default_rng((args.seed, epoch, run.rank))
     torch.manual_seed(int(rng.integers(2 ** 31)))        # of noise and colours
@@ -532,9 +477,9 @@ def train_epoch(run, objective, epoch):
                                           args.splices // run.world, run.model.cell, rng)
         # losses and gradients
         with run.model.autocast():
-            losses = objective(image, labels, truth, min(1, done / 0.05))
+            losses = objective(image, labels, truth)
         losses[0].backward()
-        nn.utils.clip_grad_norm_(run.weights, 1.0)       # ours: norm at most 1
+        nn.utils.clip_grad_norm_(run.objective.parameters(), 1.0)      # ours: norm at most 1
 
         # update
         run.optimizer.step()
@@ -547,14 +492,14 @@ def train_epoch(run, objective, epoch):
 
 
 def train(run):
-    """Train until `run` has all its epochs; calibrate the best checkpoint."""
+    """Train until `run` has all its epochs."""
     args = run.args
     if run.rank == 0:
-        trained = sum(p.numel() for p in run.weights)
+        trained = sum(p.numel() for p in run.objective.parameters() if p.requires_grad)
         print(f"{len(run.labels)} pictures to train on, {len(run.held_out)} held out (their paths "
               f"are `held_out` in {args.out}/last.pt); {trained:,} weights to train, "
               f"{run.model.dtype} on {run.device} x {run.world}", flush=True)
-    objective = Objective(run.model, run.hecl, args.hecl, run.labels).to(run.device)
+    objective = run.objective
     if run.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
 
@@ -568,52 +513,30 @@ def train(run):
                            "and start anew")
         speed = len(run.labels) // args.batch * (args.batch + args.splices) / (time.time() - began)
         row = {"epoch": epoch + 1, "loss": loss, "label_loss": label_loss,
-               "patch_loss": patch_loss, "hecl": contrast, **validate(run.model, run.val_set),
+               "patch_loss": patch_loss, "hecl": contrast, **validate(run.model, run.held_out),
                "pictures_per_s": speed}
         row["minutes_left"] = (args.epochs - epoch - 1) * (time.time() - began) / 60
         run.end_epoch(row)
     if run.rank == 0:
-        finish(run)
-
-
-def finish(run):
-    """Calibrate best.pt on held-out genuine pictures and say what comes next."""
-    best = Path(run.args.out, "best.pt")
-    model = infer.load(best, run.device, run.args.precision)
-    calibrate(model, [p.path for p in run.held_out if p.label == 0])
-    save_checkpoint(best, model)
-    row = best_of(run.history)
-    print(f"finished: the best is epoch {row['epoch']}, val_auc {row['val_auc']:.3f}; next: `"
-          f"python infer.py PICTURES --checkpoint {best}`", flush=True)
+        print(f"finished: best.pt is of epoch {best_of(run.history)['epoch']}; next: "
+              f"`python infer.py PICTURES --checkpoint {args.out}/best.pt`", flush=True)
+    if run.world > 1:
+        dist.destroy_process_group()
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 0 done, 2 stopped by an error, 130 interrupted."""
-    args = make_parser().parse_args(arguments)
+    """The command line; returns the exit status: 0 done, 2 stopped by an error."""
     try:
-        try:
-            args, state = resume(arguments) if args.resume else (args, None)
-            run = Run(args, state)
-        except (ValueError, OSError) as error:           # a later ValueError is a bug: traceback
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        train(run)
+        train(Run(*read_settings(arguments)))
         return 0
-    except (BadInput, OSError, torch.OutOfMemoryError) as error:
-        last = str(error).strip().rpartition("\n")[2]    # a worker sends its whole traceback
-        if isinstance(error, torch.OutOfMemoryError):
-            last = "found too little memory on the GPU: lower --batch or --splices"
-        print(f"error: {last.removeprefix('data.BadInput: ')}", file=sys.stderr)
-        print("note: finished epochs are kept in --out", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: finished epochs are kept; continue with --resume", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except torch.OutOfMemoryError:
+        line = "found too little memory on the GPU: lower --batch or --splices"
+    except (BadInput, OSError) as error:
+        line = str(error).strip().rpartition("\n")[2]    # a worker sends its whole traceback
+    print(f"error: {line.removeprefix('data.BadInput: ')}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C: finished epochs are on disk
     sys.exit(main())

@@ -98,13 +98,12 @@ def fit(base, args, variant, splices, seed):
     torch.manual_seed(int(seed))
     with mock.patch("train.make_model", make_model), mock.patch("ecpl.ECPL", VARIANTS[variant]):
         run = train.Run(args, None)
-    weight = args.hecl if variant == FULL else 0.0
-    objective = train.Objective(run.model, run.hecl, weight, run.labels)
-    objective.to(run.device)
+    if variant != FULL:
+        run.objective.hecl_weight = 0.0
 
-    def losses(image, labels, truth, ramp):
+    def losses(image, labels, truth):
         n = len(image) if splices == "yes" else args.batch         # splices come last
-        return objective(image[:n], labels[:n], truth[:n], ramp)
+        return run.objective(image[:n], labels[:n], truth[:n])
 
     for epoch in range(args.epochs):
         train.train_epoch(run, losses, epoch)

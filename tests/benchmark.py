@@ -68,11 +68,8 @@ def bench_train():
     """A training step that starts from the shipped model, in bf16 and fp32, and its parts."""
     args = train.make_parser().parse_args([])
     model = train.make_model(args).to(DEVICE).train()
-    D = model.clip.visual.proj.shape[1]
-    contrast = hecl.HECL(levels=len(model.config["levels"]), width=D, **train.HECL_SIZES)
-    objective = train.Objective(model, contrast, args.hecl, np.array([0, 1])).to(DEVICE)
-    weights = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = train.make_optimizer(weights, model.depths.parameters())
+    objective = train.Objective(model, args.hecl, np.array([0, 1])).to(DEVICE)
+    optimizer = train.make_optimizer(objective)
     pixels = windows(LABELLED + SPLICED)
     labels = torch.tensor([0, 1] * (LABELLED // 2) + [0] * SPLICED, device=DEVICE)
     rng = np.random.default_rng(0)
@@ -84,9 +81,9 @@ def bench_train():
         model.dtype = dtype
         image, targets, truth = batch()
         with model.autocast():
-            losses = objective(image, targets, truth, 1.0)
+            losses = objective(image, targets, truth)
         losses[0].backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -2,7 +2,7 @@
 
     python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
 
-Map and score are calibrated to 0.5 on genuine photos that were not trained on (train.calibrate).
+Map and score are calibrated to 0.5 on genuine photos that were not trained on (train.validate).
 """
 import argparse
 import sys
@@ -28,8 +28,8 @@ def main(arguments=None):
     model.config["clip"] = "tiny"
 
     model.half().float()                                        # calibrate what will be stored
-    photos = [picture.path for picture in synthesis.genuine_pictures(args.photos)]
-    train.calibrate(model, photos)
+    photos = synthesis.genuine_pictures(args.photos)
+    train.validate(model, photos)
     shifts = model.map_shift.clone(), model.score_shift.clone()
     model.half()
     model.map_shift, model.score_shift = shifts                 # these two stay exact

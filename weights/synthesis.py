@@ -507,9 +507,10 @@ def write(pairs, out):
 
 
 def genuine_pictures(path):
-    """The pictures of a folder or list that are not labelled as manipulated; else ValueError."""
+    """The pictures of a folder or list that are not labelled as manipulated, with label 0; else
+    ValueError."""
     pictures, _ = data.read_set(path, masks=False)
-    genuine = [picture for picture in pictures if picture.label != 1]
+    genuine = [picture._replace(label=0) for picture in pictures if picture.label != 1]
     if not genuine:
         raise ValueError(f"found only manipulated pictures in {path}, expected genuine ones: name "
                          "a folder of photos")
