@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .tif .tiff .bmp .webp .gif .avif .jp2".split())
-UNREADABLE = tuple(".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .psd .exr".split())
+# the last ones Pillow cannot open: they are reported as bad files, not passed over in silence
+EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .tif .tiff .bmp .webp .gif .avif .jp2 "
+                   ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .psd .exr".split())
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
           MemoryError, Image.DecompressionBombError)         # what Pillow raises on bad files
 
@@ -150,10 +151,9 @@ SCENE = (r"(?:au|[st]p)_(?:.*_)?([a-z]{3})_?(\d{4,5})(?!\d)[^a-z]*"     # CASIA:
 
 
 def files_in(folder):
-    """A folder -> (sorted picture files below it, Counter of extensions that Pillow cannot open).
-    Links are followed, each real file and folder counts once, hidden ones are skipped."""
+    """The picture files below a folder, sorted. Links are followed, each real file and folder
+    counts once, hidden ones are skipped."""
     files = []
-    left_out = Counter()
     seen = set()
     paths = [Path(folder)]
     for path in paths:                                       # the list grows on the way
@@ -165,9 +165,7 @@ def files_in(folder):
             paths += sorted(inside, key=lambda each: (each.is_symlink(), each))
         elif path.suffix.lower() in EXTENSIONS:
             files.append(path)
-        elif path.suffix.lower() in UNREADABLE:
-            left_out[path.suffix.lower()] += 1
-    return sorted(files), left_out
+    return sorted(files)
 
 
 def find_layout(root, names, masks):
@@ -195,8 +193,8 @@ def find_layout(root, names, masks):
 
 def read_folder(root):
     """A folder in one of LAYOUTS, or of photos without labels -> (pictures, Report)."""
-    files, left_out = files_in(root)
-    problems = [f"left out: {n} {end}, which Pillow cannot open" for end, n in left_out.items()]
+    files = files_in(root)
+    problems = []
     names = {f: "/" + f.relative_to(root).with_suffix("").as_posix().lower() for f in files}
 
     # masks lie in mask folders, or are named like another picture plus _gt or _mask
@@ -277,7 +275,7 @@ def read_set(path, masks=True):
             pictures.append(p._replace(mask=mask, source=scene, size=sizes[p.path]))
     if not pictures:
         raise BadInput(f"found no usable picture in {root} ({[*report.problems, 'empty'][0]}), "
-                       f"expected {', '.join(EXTENSIONS)}: check the path and the files")
+                       "expected .jpg, .png, .tif, ..: check the path and the files")
     for label, name in enumerate(("genuine", "manipulated")):
         if label not in {picture.label for picture in pictures}:
             report.problems.append(f"no picture is labelled {name}")

@@ -19,18 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-if __name__ == "__main__":                    # Ctrl-C prints no traceback, even during imports
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
 
-import numpy as np                                                       # noqa: E402
-import torch                                                             # noqa: E402
-import torch.nn.functional as F                                          # noqa: E402
-from PIL import Image, ImageFilter                                       # noqa: E402
-
-import clip                                                              # noqa: E402
-import data                                                              # noqa: E402
-import ecpl                                                              # noqa: E402
-from data import BadInput                                                # noqa: E402
+import clip
+import data
+import ecpl
+from data import BadInput
 
 FORMAT = 5                 # of checkpoints
 MIN_SIDE = 16              # pixels: a smaller picture has too little to compare
@@ -53,11 +50,6 @@ def read_dict(path):
             AssertionError, pickle.UnpicklingError):     # all seen from torch.load on damaged files
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def is_checkpoint(path):
-    """Whether a file holds a SAPL, in any format, and not only a CLIP."""
-    return "format" in read_dict(path)
 
 
 def load_checkpoint(path):
@@ -147,8 +139,6 @@ def patch_logits(model, image, looks=2):
 def logits_of(model, picture):
     """PIL RGB -> uncalibrated logits: map (H, W), minus its mean, and score (); raises BadInput."""
     W, H = picture.size
-    if min(W, H) < MIN_SIDE:
-        raise BadInput(f"found {W} x {H} pixels, expected at least {MIN_SIDE} a side")
     view = data.view(picture, model.config["max_side"], model.cell)                # (3, H', W')
     grid = patch_logits(model, view)                               # (h, w)
     if not grid.isfinite().all():
@@ -166,6 +156,9 @@ def localize(model, source):
     """A path, or whatever data.to_picture reads, -> Result; raises BadInput."""
     from_file = isinstance(source, (str, os.PathLike))
     picture = data.open_image(source) if from_file else data.to_picture(source)
+    if min(picture.size) < MIN_SIDE:
+        raise BadInput(f"found {picture.width} x {picture.height} pixels, expected at least "
+                       f"{MIN_SIDE} a side")
     map, score = logits_of(model, picture)
     map = (map - model.map_shift.cpu()).sigmoid().numpy()          # (H, W)
     score = (score - model.score_shift.cpu()).sigmoid().item()
@@ -223,10 +216,8 @@ def answer(model, path, out, stem):
 
 
 def figure(row):
-    """A row as HTML, with its overlay; CSS puts high scores first and errors last."""
-    text = html.escape(f"{row['error'] or row['text']}\n{row['path']}\n{row['model']}")
-    if row["error"]:
-        return f'<figure style="order:1">{text}</figure>\n'
+    """A row as HTML, with its overlay; CSS puts high scores first."""
+    text = html.escape(f"{row['text']}\n{row['path']}\n{row['model']}")
     link = quote(os.fsencode(os.path.basename(row["overlay"])))
     return (f'<figure class="{row["decision"]}" style="order:{-1000 * row["score"]:.0f}">'
             f'<a href="{link}"><img alt="" loading="lazy" src="{link}"></a>\n{text}</figure>\n')
@@ -236,10 +227,7 @@ def collect(words, out):
     """Files and folders -> paths of pictures, each once, without outputs in `out` (a real path)."""
     paths = {}                                                     # {real path: path}
     for word in words:
-        files, left_out = data.files_in(word) if os.path.isdir(word) else ([Path(word)], {})
-        for extension, count in left_out.items():
-            print(f"note: {word}: left out {count} {extension}", file=sys.stderr)
-        for file in files:
+        for file in data.files_in(word) if os.path.isdir(word) else [Path(word)]:
             folder, name = os.path.split(os.path.realpath(file))
             if folder != out or not name.endswith(("_overlay.png", "_map.png", "_mask.png")):
                 paths.setdefault((folder, name), file)
@@ -273,12 +261,12 @@ def run(args):
             except (BadInput, MemoryError, torch.OutOfMemoryError, OSError) as error:
                 row["error"] = str(error).removeprefix(f"{path}: ") or type(error).__name__
             rows.writerow(row)
-            report.write(figure(row))
             if row["error"]:
                 print(f"error: {name}: {row['error']}", file=sys.stderr)
-            else:
-                done += 1
-                print(f"{name}  {row['text']}  -> {row['overlay']}", flush=True)
+                continue
+            report.write(figure(row))
+            print(f"{name}  {row['text']}  -> {row['overlay']}", flush=True)
+            done += 1
     print(f"{done} of {len(paths)} done: {args.out}/report.html\n{CAUTION}", file=sys.stderr)
     return 0 if done == len(paths) else 1
 
@@ -299,5 +287,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C: each row is on disk already
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(main())

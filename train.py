@@ -203,7 +203,7 @@ def make_model(args):
     """
     torch.manual_seed(args.seed)
     start = clip.TINY if args.clip == "tiny" else args.clip
-    if infer.is_checkpoint(start):
+    if "format" in infer.read_dict(start):
         model = infer.load(start, "cpu", "fp32")
         rank = model.config["lora_rank"]
         if args.lora_rank not in (None, rank):

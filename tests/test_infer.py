@@ -96,8 +96,7 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path, checkpoi
             infer.load(path, "cpu")
         found = f"{path} (format" if path.is_file() else f"no {path},"
         assert f"found {found}" in str(caught.value)
-        assert infer.is_checkpoint(path) == (name == "older")
-    assert infer.is_checkpoint(checkpoint)
+        assert ("format" in infer.read_dict(path)) == (name == "older")
     assert not recwarn
 
 
@@ -230,7 +229,7 @@ def test_the_overlay_accuses_only_a_picture_called_manipulated():
 # ------------------------------------------------------------------------------------ the command
 
 GOOD = ("grey.png", "grey.jpg", "inside/grey.png", "blue.jpg", "a b ü.png", "<b>#%41&'.png")
-BROKEN = ("cut.jpg", "text.jpg", "thin.png")
+BROKEN = ("cut.jpg", "text.jpg", "1.heic", "thin.png")
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +277,8 @@ def test_a_folder_of_good_and_bad_pictures(zoo, checkpoint, infer_main, tmp_path
     answer = f"{result.decision}  score {result.score:.2f}  {result.area:.0%} marked"
     assert f"{zoo}/blue.jpg  {answer}  -> {tmp_path}/blue_overlay.png\n" in printed
     assert errors.count("error: ") == len(BROKEN)
-    for words in ("left out 1 .heic", f"error: {zoo}/text.jpg: ",
-                  f"6 of 9 done: {tmp_path}/report.html", infer.CAUTION):
+    for words in (f"error: {zoo}/text.jpg: ",
+                  f"6 of 10 done: {tmp_path}/report.html", infer.CAUTION):
         assert words in errors
 
     # report
@@ -287,14 +286,13 @@ def test_a_folder_of_good_and_bad_pictures(zoo, checkpoint, infer_main, tmp_path
     assert infer.CAUTION in page
     assert "max-height" in page                              # 50 x 12000 pixels are no column
     assert "<b>#%41" not in page
-    assert page.count("<figure") == page.count(model) == len(rows)
+    assert page.count("<figure") == page.count(model) == len(GOOD)
     links = re.findall(r'href="([^"]*)"', page)
     assert links == re.findall(r'src="([^"]*)"', page)
     assert {tmp_path / unquote(link) for link in links} == set(tmp_path.glob("*_overlay.png"))
     assert len(set(links)) == len(GOOD)                      # three are named grey
     assert f"\n{answer}\n{zoo}/blue.jpg\n{model}</figure>" in page
     assert f'order:{-1000 * float(row["score"]):.0f}"' in page                 # high scores first
-    assert page.count('order:1"') == len(BROKEN)                               # errors last
 
 
 def test_no_run_overwrites_another(zoo, infer_main, tmp_path, monkeypatch):
@@ -328,7 +326,7 @@ def test_a_full_disk_or_memory_stops_one_picture_and_any_end_keeps_the_rows(
         errors = [row["error"] for row in read_rows(tmp_path)]   # on the disk before the end
         assert "blue_overlay.png" in errors[0]
         assert errors[1:] == ["MemoryError", ""]
-        assert (tmp_path / "report.html").read_text("utf-8").count("</figure>") == 3
+        assert (tmp_path / "report.html").read_text("utf-8").count("</figure>") == 1
         raise NameError("of a test")                         # a programmer's error is not hidden
     (tmp_path / "blue_overlay.png").symlink_to("missing/folder.png")
     mini.disturb(monkeypatch, (data, "open_image"), 2, mini.failing(MemoryError()))
@@ -366,14 +364,6 @@ def test_the_real_command_with_names_of_every_kind(checkpoint, tmp_path):
     names = {f"{stem}_overlay.png" for stem in stems - {long} | {"x" * 199}}
     assert {unquote(link) for link in links} == names
     assert all((out / name).is_file() for name in names)
-
-
-def test_control_c_while_torch_is_imported_prints_no_traceback(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
-    call = subprocess.run([sys.executable, ROOT / "infer.py", "x.png"], capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, timeout=60)
-    assert call.returncode != 0
-    assert not call.stderr
 
 
 def test_wrong_calls_exit_2_with_one_line(zoo, infer_main, tmp_path, capsys, monkeypatch):
