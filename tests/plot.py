@@ -18,7 +18,8 @@ def read_log(file):
     """A log.csv -> {column: values, one an epoch}."""
     with open(file, newline="") as text:
         rows = list(csv.DictReader(text))
-    return {name: [float(row[name]) for row in rows] for name in ("epoch", *PANELS)}
+    names = [name for name in ("epoch", *PANELS) if name in rows[0]]
+    return {name: [float(row[name]) for row in rows] for name in names}
 
 
 def draw_panel(name, logs):
@@ -67,11 +68,13 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     try:
         logs = [read_log(file) for file in args.logs[:len(COLOURS)]]
-        sheet = Image.new("RGB", (len(PANELS) * WIDTH, HEIGHT))
-        for i, name in enumerate(PANELS):
+        # a training on genuine photos alone has no val_auc
+        panels = [name for name in PANELS if all(name in log for log in logs)]
+        sheet = Image.new("RGB", (len(panels) * WIDTH, HEIGHT))
+        for i, name in enumerate(panels):
             sheet.paste(draw_panel(name, logs), (i * WIDTH, 0))
         sheet.reduce(SHRINK).save(args.out)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, LookupError, ValueError) as error:
         print(f"error: {error!r}; expected log.csv files of train.py", file=sys.stderr)
         return 2
     print(args.out)
