@@ -269,7 +269,6 @@ class CLIP(nn.Module):
                  transformer_layers, stem=()):
         super().__init__()
         width = transformer_width
-        self.context_length = context_length
         self.visual = VisionTransformer(image_resolution, vision_patch_size, vision_width,
                                         vision_layers, embed_dim, stem)
         self.transformer = Transformer(width, transformer_layers, causal=True)

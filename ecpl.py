@@ -10,9 +10,9 @@ arXiv summaries), nothing more. So each statement about the method names its sou
 
 Why prompts? CLIP compares pictures with sentences, but a forgery shows what any picture may show,
 and we know no words for its traces. CoOp (Zhou et al. 2022) learns the words, CoCoOp (2022) shifts
-them with each picture, and ECPL takes that shift from edges, where manipulated regions show. To get
-a map, each patch is compared with the sentences, as in MaskCLIP (Zhou et al. 2022). In the ablation
-(tests/README.md) this shift changes nothing beyond the spread over seeds.
+them with each picture, and ECPL takes that shift from edge-enhanced features, as manipulated regions
+show at their edges. To get a map, each patch is compared with the sentences, as in MaskCLIP (Zhou
+et al. 2022). In the ablation (tests/README.md) this shift changes nothing beyond the spread.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
@@ -44,7 +44,7 @@ def sobel(x):
 def soft_edges(image):
     """Soft map of all edges [digest]: image (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1).
 
-    Ours: g / (g + mean g) with g the gradient of the luminance; brightness hardly matters.
+    Ours: g / (g + mean g) with g the gradient of the luminance; exposure hardly matters.
     """
     red, green, blue = image.split(1, dim=1)                                   # (B, 1, H, W) each
     g = sobel(0.299 * red + 0.587 * green + 0.114 * blue)                      # (B, 1, H, W)
@@ -77,7 +77,7 @@ class ECPL(nn.Module):
         t_c = unit(TextTower([start] P_c words_c [end]))
 
     F_l: patch features at level l; dF_l: their variation; e: soft edges per patch; V: `context`
-    learned tokens per class, as in CoOp; s: the spread of word embeddings; o starts at zero.
+    learned tokens per class, as in CoOp; s: std of the token embeddings; o: linear, zero at first.
     """
 
     def __init__(self, clip_model, *, levels, context):
@@ -112,7 +112,7 @@ class ECPL(nn.Module):
         V = V.expand(len(G), -1, -1)                                           # (B, C * M, Dt)
         Q = self.norm_query(V)
         read, _ = self.attention(Q, G, G, need_weights=False)                  # (B, C * M, Dt)
-        return V + self.spread * read                    # CoCoOp's shift, read from the edges
+        return V + self.spread * read            # CoCoOp's shift, from edge-enhanced features
 
     def encode(self, clip_model, prompts):
         """Context tokens (B, C * M, Dt) -> unit text features (B, C, D)."""
@@ -138,7 +138,7 @@ class ECPL(nn.Module):
 class Depths(nn.Module):
     """What each level adds to the features of the map [ours]: z_l = W_l gelu(U_l LayerNorm(F_l)).
     Traces (noise, blur, seams) fade with depth, so shallow levels contribute. W starts small. The
-    hidden layer finds more than a linear map would (tests/README.md)."""
+    hidden layer did better than none in one run (tests/README.md)."""
 
     def __init__(self, Dv, D, levels):
         super().__init__()
@@ -175,7 +175,7 @@ def smooth(logits):
 
 
 class Output(NamedTuple):
-    """What SAPL answers for a batch; `depths` and `edges` feed HECL in training."""
+    """What SAPL answers for a batch; `logits`, `depths` and `edges` feed HECL."""
     logits: torch.Tensor         # (B, h, w) of "manipulated" against "genuine", one per patch
     score: torch.Tensor          # (B,) logit of the whole picture
     text: torch.Tensor           # (B, C, D) unit length
@@ -205,7 +205,7 @@ class SAPL(nn.Module):
         self.depths = Depths(Dv, D, levels)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.zeros(()))
-        # subtracted from the logits, so that decisions are made at 0.5; set by train.validate
+        # infer.localize subtracts them, so that decisions fall at 0.5; train.validate sets them
         self.register_buffer("map_shift", torch.zeros(()))
         self.register_buffer("score_shift", torch.zeros(()))
 

@@ -54,7 +54,7 @@ class DualQueue(nn.Module):
         self.register_buffer("features", torch.zeros(2, length, dim))          # oldest first
 
     def push(self, features, classes, known):
-        """features (B, K, d), classes, known (B, K): append n of each class, known first."""
+        """Append n of each class: features (B, K, d); classes, known (B, K): known fakes first."""
         genuine = features[classes == 0]                                       # (.., d)
         sure = features[(classes == 1) & known]                                # (.., d)
         guessed = features[(classes == 1) & ~known]                            # (.., d)
@@ -156,8 +156,7 @@ def demo():
     for name, b in (("genuine", 0), ("manipulated", 1), ("splice", 3)):
         print(f"    {name:12} {chosen[b].tolist()} {known[b].tolist()}")
 
-    hecl = HECL(levels=1, width=8, dim=4, queue=6,
-                tau=0.3, share=0.5, top=2)
+    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.3, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z, *hecl.parameters()], lr=0.05)
     for step in range(61):

@@ -250,7 +250,7 @@ class Objective(nn.Module):
         self.register_buffer("balance", torch.tensor(float(balance)))
 
     def forward(self, image, labels, truth):
-        """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N) -> (4,): their weighted sum, label
+        """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N) -> (4,): the weighted sum, label
         loss, patch loss, HECL."""
         output = self.model(image)
         logits = output.logits.flatten(1).float()                              # (B, N)

@@ -1,4 +1,4 @@
-"""Turn a finished training into the shipped weights/tiny.pt: fp16, calibrated. Run by hand.
+"""Turn a finished training run into the shipped weights/tiny.pt: fp16, calibrated. Run by hand.
 
     python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
 
@@ -19,7 +19,7 @@ from weights import synthesis                                   # noqa: E402
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of a training")
+    parser.add_argument("--checkpoint", required=True, help="best.pt of a training run")
     parser.add_argument("--photos", required=True, help="folder or list of genuine photos")
     parser.add_argument("--out", default=str(clip.TINY))
     args = parser.parse_args(arguments)
