@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-# the last ones Pillow cannot open: they are reported as bad files, not passed over in silence
+# .heic, .heif and .jxl need more than Pillow: they are reported as bad files, not passed over
 EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .tif .tiff .bmp .webp .gif .avif .jp2 "
-                   ".heic .heif .jxl .dng .cr2 .cr3 .nef .arw .psd .exr".split())
+                   ".heic .heif .jxl".split())
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
           MemoryError, Image.DecompressionBombError)         # what Pillow raises on bad files
 
@@ -56,14 +56,11 @@ def to_bytes(values):
 def to_rgb(image, background="white"):
     """PIL image of any mode -> RGB, upright by its EXIF orientation: numbers scaled by `to_bytes`,
     transparency laid over the background; BadInput if it is damaged or cannot be converted."""
-    deep = ";16" in str(getattr(image, "tile", ""))          # 16 bits a channel
     with one_line():
         image.load()
         turn = image.getexif().get(0x0112, 1)
     if image.mode.startswith(("I", "F")):                    # one channel: I;16, I, F
         image = Image.fromarray(to_bytes(np.asarray(image)))                      # (H, W)
-    elif deep and 0 < np.max(image.getextrema()[:3]) < 16:   # Pillow keeps only the upper 8 bits
-        raise BadInput("found 12-bit colours in 16 bits, expected the full range: scale them")
     with one_line():
         if image.has_transparency_data:
             canvas = Image.new("RGBA", image.size, background)
@@ -193,9 +190,8 @@ def find_layout(root, names, masks):
 
 def read_folder(root):
     """A folder in one of LAYOUTS, or of photos without labels -> (pictures, Report)."""
-    files = files_in(root)
-    problems = []
-    names = {f: "/" + f.relative_to(root).with_suffix("").as_posix().lower() for f in files}
+    names = {file: "/" + file.relative_to(root).with_suffix("").as_posix().lower()
+             for file in files_in(root)}
 
     # masks lie in mask folders, or are named like another picture plus _gt or _mask
     stems = {Path(name).name for name in names.values()}
@@ -215,6 +211,7 @@ def read_folder(root):
         masks_of[key(mask)].append(mask)
     uses = Counter(key(file) for file, label in labels.items() if label == 1)
     pictures = []
+    problems = []
     for file, label in labels.items():
         found = masks_of[key(file)] if label == 1 else []
         mask = found[0] if len(found) == uses[key(file)] == 1 else None      # two: unclear
@@ -226,28 +223,29 @@ def read_folder(root):
 
 
 def read_list(file):
-    """A list as CSV or IMDL-BenCo's JSON -> (pictures, Report); paths: relative to its folder."""
+    """A list -> (pictures, Report): CSV with a header image,label,mask, or the JSON of IMDL-BenCo,
+    [[image, mask], ..] with "Negative" for a genuine one; paths are relative to its folder."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        is_json = file.suffix.lower() == ".json"
-        rows = list(json.loads(text) if is_json else csv.DictReader(text.splitlines()))
+        if file.suffix.lower() == ".json":
+            rows = [{"image": image, "label": int(mask != "Negative"), "mask": mask}
+                    for image, mask in json.loads(text)]
+        else:
+            rows = list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise BadInput(f"found {file}, which cannot be read ({error}), expected a folder, CSV or "
-                       "JSON: check the path") from error
+                       "JSON of IMDL-BenCo: check the path") from error
 
     pictures = {}                                            # {real path: Picture}
     for number, row in enumerate(rows, start=1):
-        if isinstance(row, list) and len(row) == 2:          # IMDL-BenCo
-            row = {"image": row[0], "mask": row[1], "label": int(row[1] != "Negative")}
-        entry = row if isinstance(row, dict) else {}
-        entry = {str(key).strip(): str(value).strip() for key, value in entry.items()}
-        if entry.get("label") not in ("0", "1") or not entry.get("image"):
+        row = {str(key).strip(): str(value).strip() for key, value in row.items()}
+        if row.get("label") not in ("0", "1") or not row.get("image"):
             raise BadInput(f"found {row!s:.99} as row {number} of {file}, expected a header "
                            "image,label,mask and label 0 (genuine) or 1 (manipulated): correct it")
-        path = file.parent / entry["image"]
-        mask = entry.get("mask", "")
+        path = file.parent / row["image"]
+        mask = row.get("mask", "")
         mask = None if mask in ("", "None", "Negative") else file.parent / mask
-        picture = Picture(path, int(entry["label"]), mask)
+        picture = Picture(path, int(row["label"]), mask)
         if pictures.setdefault(os.path.realpath(path), picture).label != picture.label:
             raise BadInput(f"found {path} with labels 0 and 1 in {file}, expected one: correct it")
     return list(pictures.values()), Report("list", [])
@@ -356,8 +354,6 @@ def demo():
         steps = pixels.diff(dim=2).abs().mean(dim=(0, 1))                         # (W' - 1,)
         left, right = [half[block - 1::block].mean() / half.mean() for half in steps.chunk(2)]
         print(f"max_side={max_side}: JPEG half {left:.2f}, pasted half {right:.2f}")
-    window, label = TrainingSet([Picture(file, 0)], max_side=512, cell=16, window=256, seed=0)[0]
-    print(f"A training window of the JPEG: {tuple(window.shape)} {window.dtype}, label {label}")
 
 
 def main(arguments=None):

@@ -192,7 +192,7 @@ def overlay(picture, result):
     return canvas
 
 
-def answer(model, path, out, stem):
+def answer(model, path, out):
     """Localize one picture; write overlay, map and mask -> its row, plus `overlay` and `text`."""
     began = time.time()
     picture = data.open_image(path)
@@ -201,12 +201,11 @@ def answer(model, path, out, stem):
               "map": Image.fromarray((255 * result.map + 0.5).astype(np.uint8)),
               "mask": Image.fromarray(result.mask).convert("L")}
 
-    stem = os.fsdecode(stem.encode()[:200].decode(errors="ignore").encode())  # UTF-8 in any locale
-    base = os.path.join(out, stem)
+    base = os.path.join(out, path.stem)
     number = 1
     while any(os.path.exists(f"{base}_{kind}.png") for kind in images):       # never overwrite
         number += 1
-        base = os.path.join(out, f"{stem}~{number}")
+        base = os.path.join(out, f"{path.stem}~{number}")
     for kind, image in images.items():
         image.save(f"{base}_{kind}.png", compress_level=1)
     return {"decision": result.decision, "score": round(result.score, 4),
@@ -254,18 +253,17 @@ def run(args):
 
         done = 0
         for path in paths:
-            name = os.fsencode(path).decode("utf-8", "backslashreplace")
-            row = {"path": name, "model": model_name, "error": ""}
+            row = {"path": path, "model": model_name, "error": ""}
             try:
-                row |= answer(model, path, args.out, Path(name).stem)
+                row |= answer(model, path, args.out)
             except (BadInput, MemoryError, torch.OutOfMemoryError, OSError) as error:
                 row["error"] = str(error).removeprefix(f"{path}: ") or type(error).__name__
             rows.writerow(row)
             if row["error"]:
-                print(f"error: {name}: {row['error']}", file=sys.stderr)
+                print(f"error: {path}: {row['error']}", file=sys.stderr)
                 continue
             report.write(figure(row))
-            print(f"{name}  {row['text']}  -> {row['overlay']}", flush=True)
+            print(f"{path}  {row['text']}  -> {row['overlay']}", flush=True)
             done += 1
     print(f"{done} of {len(paths)} done: {args.out}/report.html\n{CAUTION}", file=sys.stderr)
     return 0 if done == len(paths) else 1
