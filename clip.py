@@ -400,8 +400,8 @@ def fetch(url, sha256):
 
 
 def load(name_or_path="tiny", device="cpu"):
-    """A CLIP in fp32 and eval mode, with its `name` and the `sha256` of its file: "tiny" (shipped),
-    a key of OFFICIAL (downloaded once), or a file. Raises ValueError or OSError."""
+    """A CLIP in fp32 and eval mode: "tiny" (shipped), a key of OFFICIAL (downloaded once), or a
+    file. Raises ValueError or OSError."""
     name = str(name_or_path)
     path = TINY if name == "tiny" else Path(name).expanduser()
     if name in OFFICIAL:
@@ -409,10 +409,7 @@ def load(name_or_path="tiny", device="cpu"):
         path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name])
     elif not path.is_file():
         raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a file")
-    model = build(read_archive(path), device)
-    model.name = name
-    model.sha256 = sha256_of(path)
-    return model
+    return build(read_archive(path), device)
 
 
 @torch.no_grad()

@@ -87,9 +87,8 @@ def load(checkpoint=None, device="auto", precision="auto"):
     """The ecpl.SAPL of a checkpoint (None: the shipped one) in eval mode; BadInput or OSError."""
     device = pick_device(device)
     state = load_checkpoint(checkpoint or clip.TINY)
-    stored = state["clip"]                    # weights, or name and hash of an official CLIP
+    stored = state["clip"]                    # weights, or the name of an official CLIP
     tower = clip.load(stored["name"]) if "name" in stored else clip.build(stored)
-    tower.name = state["config"]["clip"]
     model = ecpl.SAPL(tower, state["config"])
     # CLIP already has its weights; the file must hold all others
     backbone = {key: x for key, x in model.state_dict().items() if is_backbone(key)}

@@ -23,7 +23,6 @@ Reading order: settings -> pictures -> model -> loss -> validation -> checkpoint
 """
 import argparse
 import csv
-import io
 import math
 import os
 import signal
@@ -54,8 +53,7 @@ SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}        
 WINDOW = 256                          # side of training windows, limit of infer.py's; view pixels
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
-LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
-         "seed": 0}
+LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lr": 0, "hecl": 0, "workers": 0, "seed": 0}
 
 
 def make_parser():
@@ -82,10 +80,6 @@ def make_parser():
     return parser
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
 def read_settings(arguments):
     """The command line -> (settings, the last checkpoint of a resumed run or None); BadInput for
     settings that make no sense."""
@@ -99,8 +93,8 @@ def read_settings(arguments):
         args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
         for name, value in stored.items():
             if name not in FREE and getattr(args, name) != value:
-                raise BadInput(f"found {flag(name)} {getattr(args, name)}, but the run in "
-                               f"{args.out} has {value}: leave it out")
+                raise BadInput(f"found {name} {getattr(args, name)}, but the run in {args.out} has "
+                               f"{value}: leave it out")
     elif last.exists():
         raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
                        "choose another --out")
@@ -109,8 +103,8 @@ def read_settings(arguments):
         raise BadInput("found no --data, expected a folder or list of pictures: name it")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise BadInput(f"found {flag(name)} {value}, expected at least {least}")
+        if not value >= least:                           # nor is NaN
+            raise BadInput(f"found --{name} {value}, expected at least {least}")
     if not 0 < args.val < 1:
         raise BadInput(f"found --val {args.val}, expected a number between 0 and 1")
     return args, state
@@ -151,9 +145,8 @@ def read_pictures(args, held_out):
     return train, val
 
 
-def plan_epoch(labels, args, epoch, process=slice(None)):
-    """The order of an epoch: indices (steps, batch + splices) into the training set, of which a
-    process takes its columns.
+def plan_epoch(labels, args, epoch):
+    """The order of an epoch: indices (steps, batch + splices) into the training set.
 
     Each row ends with genuine pictures, drawn at random, to splice. Their indices start at
     len(labels), where `data.TrainingSet` draws other windows of the same pictures.
@@ -163,7 +156,7 @@ def plan_epoch(labels, args, epoch, process=slice(None)):
     steps = count // args.batch
     labelled = rng.permutation(count)[:steps * args.batch].reshape(steps, args.batch)
     spliced = count + rng.choice(np.flatnonzero(labels == 0), (steps, args.splices))
-    return np.concatenate([labelled[:, process], spliced[:, process]], axis=1)
+    return np.concatenate([labelled, spliced], axis=1)
 
 
 @torch.no_grad()
@@ -174,35 +167,35 @@ def make_batch(windows, labels, splices, cell, rng):
     (B, N): 1 where a patch is manipulated, 0 where it is genuine, -1 where nobody knows.
     """
     images = synthesis.older_jpeg(windows.float(), rng)
-    B, _, S, _ = images.shape
-    n = B - splices
+    count = (images.shape[-1] // cell) ** 2                                    # N
     # what labels know: every patch of a genuine picture is genuine
-    truth = -labels[:, None].repeat(1, (S // cell) ** 2)                       # (B, N)
+    truth = -labels[:, None].repeat(1, count)                                  # (B, N)
 
     if splices > 0:
-        photo = images[n:].clone()
+        photo = images[-splices:]                                              # (splices, 3, S, S)
         made = synthesis.splice(photo, photo.roll(1, 0), rng)
         inside = F.avg_pool2d(made.region, cell).flatten(1)                    # (splices, N)
         # what cannot be seen, or fills no patch, stays a genuine photo
         seen = made.seen & (inside > 0.5).any(dim=1)                           # (splices,)
-        images[n:] = torch.where(seen[:, None, None, None], made.image, photo)
-        labels = torch.cat([labels[:n], seen.long()])                          # (B,)
-        inside = inside * seen[:, None]                                        # (splices, N)
+        images[-splices:] = torch.where(seen[:, None, None, None], made.image, photo)
+        labels[-splices:] = seen
         # left out: patches on the border, of which 5 to 50 % is manipulated
         known = torch.where(inside > 0.5, 1, torch.where(inside < 0.05, 0, -1))
-        truth = torch.cat([truth[:n], known])                                  # (B, N)
+        truth[-splices:] = known * seen[:, None]                               # (splices, N)
     return synthesis.wear(images, rng) / 255, labels, truth
 
 
 # ----------------------------------------------------------------------------------------- model
 
 def make_model(args):
-    """A new SAPL around a CLIP, or the SAPL of a checkpoint, to be trained further.
+    """A new SAPL around a CLIP, or the SAPL of a checkpoint (of a resumed run: its last).
 
     The defaults that depend on the start are all here.
     """
     torch.manual_seed(args.seed)
     start = clip.TINY if args.clip == "tiny" else args.clip
+    if args.resume:
+        start = Path(args.out, "last.pt")
     if "format" in infer.read_dict(start):
         model = infer.load(start, "cpu", "fp32")
         rank = model.config["lora_rank"]
@@ -218,17 +211,15 @@ def make_model(args):
     # OpenAI's towers never learned to see traces. So LoRA adapts them [digest], and pictures are
     # enlarged until a patch covers about 8 of their pixels. Our own tower, the one with a stem, was
     # pretrained on traces and stays frozen.
-    patch = tower.visual.patch_size
-    zoom = max((zoom for zoom in (2, 4) if patch % zoom == 0 and patch >= 7 * zoom), default=1)
-    cell = patch // zoom
+    zoom = {32: 4, 16: 2, 14: 2}.get(tower.visual.patch_size, 1)
+    cell = tower.visual.patch_size // zoom
     rank = args.lora_rank
     if rank is None:
         rank = 8 if tower.visual.stem is None else 0
 
     depth = len(tower.visual.transformer.resblocks)
-    thirds = {max(1, depth // 3), max(1, 2 * depth // 3), depth}
-    own = {"clip": args.clip, "levels": sorted(thirds), "zoom": zoom, "lora_rank": rank,
-           "window": WINDOW // cell * cell}
+    own = {"clip": args.clip, "levels": [depth // 3, 2 * depth // 3, depth], "zoom": zoom,
+           "lora_rank": rank, "window": WINDOW // cell * cell}
     return ecpl.SAPL(tower, SIZES | own)
 
 
@@ -327,18 +318,17 @@ def best_of(history):
 
 def save_checkpoint(path, model, **state):
     """Write SAPL and `state` (tensors and plain types) to a temporary file, then rename it, so that
-    an interruption leaves the previous file intact. An official CLIP is stored by name and hash.
+    an interruption leaves the previous file intact. An official CLIP is stored by name alone.
     Raises OSError."""
     weights = {key: x.cpu() for key, x in model.state_dict().items()}
     own = {key: x for key, x in weights.items() if not infer.is_backbone(key)}
     backbone = {key.removeprefix("clip."): x for key, x in weights.items() if key not in own}
-    if model.clip.name in clip.OFFICIAL:
-        backbone = {"name": model.clip.name, "sha256": model.clip.sha256}
+    if model.config["clip"] in clip.OFFICIAL:
+        backbone = {"name": model.config["clip"]}
     content = {"format": infer.FORMAT, "config": model.config, "clip": backbone, "model": own}
-    buffer = io.BytesIO()
-    torch.save(content | state, buffer)
     part = Path(f"{path}.part")
-    part.write_bytes(buffer.getbuffer())
+    with part.open("wb") as file:                        # given a path, torch would hide an OSError
+        torch.save(content | state, file)
     part.replace(path)
 
 
@@ -389,11 +379,8 @@ class Run:
             raise BadInput(f"found --batch {args.batch} and --splices {args.splices}, expected "
                            f"multiples of the number of processes, {self.world}")
         # model
-        if state:
-            model = infer.load(Path(args.out, "last.pt"), self.device, args.precision)
-        else:
-            model = make_model(args).to(self.device)
-            model.dtype = infer.pick_dtype(args.precision, self.device)
+        model = make_model(args).to(self.device)
+        model.dtype = infer.pick_dtype(args.precision, self.device)
         self.model = model.train()
 
         # pictures
@@ -461,7 +448,8 @@ def train_epoch(run, objective, epoch):
     """One pass over the pictures -> its mean losses: total, label, patch, HECL."""
     args = run.args
     run.train_set.epoch = epoch
-    plan = plan_epoch(run.labels, args, epoch, slice(run.rank, None, run.world))
+    # of W processes, each takes every W-th column: its share of both kinds
+    plan = plan_epoch(run.labels, args, epoch)[:, run.rank::run.world]
     loader = DataLoader(run.train_set, batch_sampler=plan.tolist(), num_workers=args.workers)
 
     rng = np.random.default_rng((args.seed, epoch, run.rank))

@@ -21,8 +21,6 @@ def mini_clip(patch=16, stem=()):
     model = clip.CLIP(embed_dim=48, image_resolution=4 * patch, vision_layers=2, vision_width=64,
                       vision_patch_size=patch, context_length=77, vocab_size=514,
                       transformer_width=64, transformer_layers=2, stem=stem)
-    model.name = "mini"
-    model.sha256 = ""
     return model.eval()
 
 

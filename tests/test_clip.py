@@ -230,8 +230,6 @@ def test_torchscript_archive(official, weights, monkeypatch):
     assert set(torch.serialization.get_safe_globals()) == trusted
 
     model = clip.load(official)
-    assert model.name == str(official)
-    assert model.sha256 == hashlib.sha256(official.read_bytes()).hexdigest()
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -380,9 +378,7 @@ def test_official_names_are_downloaded_once_and_checked(web, tmp_path, monkeypat
     served.write_bytes(content)
     monkeypatch.setattr(clip, "MODELS", url)
     monkeypatch.setitem(clip.OFFICIAL, "ViT-L/14@336px", sha256)
-    model = clip.load("ViT-L/14@336px")
-    assert model.name == "ViT-L/14@336px"
-    assert model.sha256 == sha256
+    clip.load("ViT-L/14@336px")
     assert os.listdir(tmp_path / "cache") == [served.name]
 
     served.unlink()                                            # now it must be found in the cache

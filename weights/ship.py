@@ -24,7 +24,6 @@ def main(arguments=None):
     parser.add_argument("--out", default=str(clip.TINY))
     args = parser.parse_args(arguments)
     model = infer.load(args.checkpoint, "cpu", "fp32")
-    model.clip.name = "tiny"
     model.config["clip"] = "tiny"
 
     model.half().float()                                        # calibrate what will be stored
