@@ -315,7 +315,6 @@ class TrainingSet(torch.utils.data.Dataset):
         self.window = window
         self.seed = seed
         self.epoch = 0
-        self.aims = {}            # {path: (y, x)}: view pixel that item i < len(self) must contain
 
     def __len__(self):
         return len(self.pictures)
@@ -324,13 +323,8 @@ class TrainingSet(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         picture = self.pictures[index % len(self)]
         image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
-        first = np.zeros(2, int)
-        last = np.maximum(0, np.array(image.shape[1:]) - self.window)          # (2,)
-        aim = self.aims.get(str(picture.path))
-        if aim and index < len(self):
-            first = np.maximum(0, np.array(aim) - self.window + 1)
-            last = np.minimum(last, aim)
-        top, left = rng.integers(first, last + 1)
+        room = np.maximum(0, np.array(image.shape[1:]) - self.window)          # (2,)
+        top, left = rng.integers(room + 1)
 
         window = image[:, top:top + self.window, left:left + self.window]      # (3, h, w)
         missing = [(0, self.window - side) for side in window.shape[1:]]

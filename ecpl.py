@@ -10,9 +10,9 @@ arXiv summaries), nothing more. So each statement about the method names its sou
 
 Why prompts? CLIP compares pictures with sentences, but a forgery shows what any picture may show,
 and we know no words for its traces. CoOp (Zhou et al. 2022) learns the words, CoCoOp (2022) shifts
-them with each picture, and ECPL takes that shift from edge-enhanced features, as manipulated regions
-show at their edges. To get a map, each patch is compared with the sentences, as in MaskCLIP (Zhou
-et al. 2022). In the ablation (tests/README.md) this shift changes nothing beyond the spread.
+them with each picture, and ECPL takes that shift from edge-enhanced features, because manipulated
+regions show at their edges. To get a map, each patch is compared with the sentences, as in MaskCLIP
+(Zhou et al. 2022). In the ablation (tests/README.md) the shift changes nothing beyond the spread.
 
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).

@@ -15,8 +15,8 @@ and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference see the same native
    pixels (data.view), and a held-out picture has infer.py's score, but for the calibration.
-2. A window inherits the label of its picture but may miss the manipulated region. So windows of
-   large pictures are aimed at what looks most manipulated (`aim`).
+2. A window inherits the label of its picture but may miss the manipulated region. We measured what
+   this costs, and that aiming windows at suspicious patches does not mend it (tests/README.md).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
 
 Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
@@ -398,7 +398,6 @@ class Run:
         if state:
             self.objective.hecl.load_state_dict(state["hecl"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.train_set.aims = state["aims"]
             self.history = state["history"]
         Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, "log.csv").touch()                        # can it be written?
@@ -412,36 +411,14 @@ class Run:
         if best_of(self.history) is row:
             save_checkpoint(Path(out, "best.pt"), self.model)
         save_checkpoint(Path(out, "last.pt"), self.model, history=self.history,
-                        held_out=[str(p.path) for p in self.held_out], aims=self.train_set.aims,
-                        settings=vars(self.args), hecl=self.objective.hecl.state_dict(),
+                        held_out=[str(p.path) for p in self.held_out], settings=vars(self.args),
+                        hecl=self.objective.hecl.state_dict(),
                         optimizer=self.optimizer.state_dict())
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
         with open(Path(out, "log.csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, row)
             writer.writeheader()
             writer.writerows(self.history)
-
-
-def aim(run):
-    """Aim the windows of pictures larger than a window at their most suspicious patch.
-
-    A random window of a large picture often misses the manipulated region and then carries a wrong
-    label. With regions of 1 to 5 % of the picture, half of the windows do, which costs 0.03 of the
-    image AUC (tests/README.md). Both classes are aimed, so genuine pictures show the windows that
-    look worst. This is multiple-instance learning: a picture is a bag of windows [ours].
-    """
-    run.model.eval()
-    cell = run.model.cell
-    for picture in run.train_set.pictures:
-        image = data.open_image(picture.path)
-        view = data.view(image, run.train_set.max_side, cell)                  # (3, H', W')
-        if max(view.shape) > run.train_set.window:
-            grid = infer.patch_logits(run.model, view, looks=1)                # (h, w)
-            peak = int(ecpl.smooth(grid[None]).argmax())
-            row, column = divmod(peak, grid.shape[1])
-            centre = (row * cell + cell // 2, column * cell + cell // 2)
-            run.train_set.aims[str(picture.path)] = centre
-    run.model.train()
 
 
 def train_epoch(run, objective, epoch):
@@ -493,8 +470,6 @@ def train(run):
 
     for epoch in range(len(run.history), args.epochs):
         began = time.time()
-        if epoch % 2 == 0 and (run.labels == 1).any():
-            aim(run)
         loss, label_loss, patch_loss, contrast = train_epoch(run, objective, epoch)
         if not math.isfinite(loss):
             raise BadInput(f"found loss {loss} in epoch {epoch + 1}, expected a number: lower --lr "

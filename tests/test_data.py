@@ -393,16 +393,6 @@ def test_a_training_item_is_a_window_of_the_view_mirrored_half_the_time(tmp_path
     assert len(seen) > 30
 
 
-def test_a_window_contains_the_pixel_that_it_is_aimed_at(tmp_path):
-    image = Image.new("RGB", (64, 48))                       # its own view
-    image.putpixel((31, 2), (255, 255, 255))
-    items = training_set([data.Picture(save(tmp_path / "1.png", image), 1)])
-    items.aims = {str(tmp_path / "1.png"): (2, 31)}
-    for items.epoch in range(40):
-        assert items[0][0].max() == 255
-    assert items[2][0].max() == 0                            # another window of it is not aimed
-
-
 def test_a_smaller_picture_is_padded_by_reflection(tmp_path):
     window, _ = training_set([data.Picture(save(tmp_path / "1.png"), 0)], window=90)[0]
     view = (255 * data.view(photo(), 64, 8)).round().byte()                  # (3, 48, 64)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 import clip
 import data
-import ecpl
 import evaluate
 import infer
 import mini
@@ -252,19 +251,6 @@ def test_genuine_photos_alone_train_on_splices_and_the_last_epoch_is_best(place,
     history = saved(place, tmp_path)["history"]
     assert all(row["patch_loss"] > 0 and "val_auc" not in row for row in history)
     assert train.best_of(history) is history[-1]
-
-
-def test_windows_of_large_pictures_are_aimed_at_their_most_suspicious_patch(place):
-    run = make_run(place)
-    train.aim(run)
-    large = {}
-    for picture in run.train_set.pictures:
-        image = data.open_image(picture.path)
-        if max(image.size) > 64:
-            grid = infer.patch_logits(run.model, data.view(image, 512, 8), looks=1)
-            row, column = divmod(ecpl.smooth(grid[None]).argmax().item(), grid.shape[1])
-            large[str(picture.path)] = (8 * row + 4, 8 * column + 4)
-    assert run.train_set.aims == large != {}
 
 
 def test_validation_is_inference(place, reference):
