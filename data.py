@@ -150,19 +150,16 @@ SCENE = (r"(?:au|[st]p)_(?:.*_)?([a-z]{3})_?(\d{4,5})(?!\d)[^a-z]*"     # CASIA:
 def files_in(folder):
     """The picture files below a folder, sorted. Links are followed, each real file and folder
     counts once, hidden ones are skipped."""
-    files = []
-    seen = set()
+    found = {}                                               # {real path: path}
     paths = [Path(folder)]
     for path in paths:                                       # the list grows on the way
-        if os.path.realpath(path) in seen:
+        if os.path.realpath(path) in found:
             continue
-        seen.add(os.path.realpath(path))
+        found[os.path.realpath(path)] = path
         if path.is_dir():
             inside = [each for each in path.iterdir() if not each.name.startswith(".")]
             paths += sorted(inside, key=lambda each: (each.is_symlink(), each))
-        elif path.suffix.lower() in EXTENSIONS:
-            files.append(path)
-    return sorted(files)
+    return sorted(path for path in found.values() if path.suffix.lower() in EXTENSIONS)
 
 
 def find_layout(root, names, masks):
@@ -214,7 +211,7 @@ def read_folder(root):
     problems = []
     for file, label in labels.items():
         found = masks_of[key(file)] if label == 1 else []
-        mask = found[0] if len(found) == uses[key(file)] == 1 else None      # two: unclear
+        mask = found[0] if len(found) == uses[key(file)] == 1 else None      # else unclear
         if label == 1 and masks and not mask:
             problems.append(f"no mask of its own: {file}")
         scene = file.parent.name if layout == "IMD2020" else ""

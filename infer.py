@@ -10,7 +10,6 @@ import csv
 import html
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -37,7 +36,7 @@ CAUTION = "Some genuine pictures are called manipulated: never decide by the sco
 # ------------------------------------------------------------------------------------ checkpoint
 
 def is_backbone(key):
-    """Whether a key of SAPL's state dict is a weight of CLIP itself, not of ECPL or LoRA."""
+    """Whether a key of SAPL's state dict is a weight of CLIP itself, not one that SAPL adds."""
     return key.startswith("clip.") and ".lora." not in key
 
 
@@ -46,8 +45,7 @@ def read_dict(path):
     try:
         with warnings.catch_warnings(action="ignore"):   # about TorchScript, OpenAI's format
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
-            AssertionError, pickle.UnpicklingError):     # all seen from torch.load on damaged files
+    except Exception:                                    # torch.load raises any on a damaged file
         return {}
     return state if isinstance(state, dict) else {}
 
@@ -84,7 +82,7 @@ def pick_dtype(precision, device):
 
 
 def load(checkpoint=None, device="auto", precision="auto"):
-    """The ecpl.SAPL of a checkpoint (None: the shipped one) in eval mode; BadInput or OSError."""
+    """The ecpl.SAPL of a checkpoint (None: the shipped one) in eval mode; ValueError or OSError."""
     device = pick_device(device)
     state = load_checkpoint(checkpoint or clip.TINY)
     stored = state["clip"]                    # weights, or the name of an official CLIP
@@ -115,9 +113,9 @@ def tiles(length, size):
 
 
 @torch.inference_mode()
-def patch_logits(model, image, looks=2):
+def patch_logits(model, image):
     """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean over each window and its
-    mirror image (looks=1: without it) [ours]. A tower trained on small pictures attends poorly
+    mirror image [ours]. A tower trained on small pictures attends poorly
     across large ones, so windows have at most config["window"] pixels a side (0: no limit)."""
     p = model.cell
     _, H, W = image.shape
@@ -128,15 +126,13 @@ def patch_logits(model, image, looks=2):
             window = image[:, p * top:p * bottom, p * left:p * right].to(model.bias.device)
             with model.autocast():
                 logits = model(window[None]).logits[0].float()     # (rows, columns)
-                if looks == 2:
-                    mirrored = model(window.flip(2)[None]).logits[0].float()
-                    logits = (logits + mirrored.flip(1)) / 2       # (rows, columns)
-            grid[top:bottom, left:right] = logits
+                mirrored = model(window.flip(2)[None]).logits[0].float()
+            grid[top:bottom, left:right] = (logits + mirrored.flip(1)) / 2
     return grid
 
 
 def logits_of(model, picture):
-    """PIL RGB -> uncalibrated logits: map (H, W), minus its mean, and score (); raises BadInput."""
+    """PIL RGB -> uncalibrated logits: centred map (H, W) and score (); raises BadInput."""
     W, H = picture.size
     view = data.view(picture, model.config["max_side"], model.cell)                # (3, H', W')
     grid = patch_logits(model, view)                               # (h, w)
@@ -222,7 +218,8 @@ def figure(row):
 
 
 def collect(words, out):
-    """Files and folders -> paths of pictures, each once, without outputs in `out` (a real path)."""
+    """Files and folders -> paths of pictures, each once; our outputs in `out`, a real path, are
+    left out."""
     paths = {}                                                     # {real path: path}
     for word in words:
         for file in data.files_in(word) if os.path.isdir(word) else [Path(word)]:
@@ -284,6 +281,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C: each row is on disk already
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends at once: finished rows are kept
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(main())

@@ -5,7 +5,8 @@
     python train.py --out RUN --resume       continues after the last finished epoch
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
-Writes into --out after each epoch: last.pt (to resume), best.pt (for infer.py), log.csv.
+Writes into --out after each epoch: last.pt (to resume), log.csv and, if it is the best so far,
+best.pt (for infer.py).
 
 An image label says *whether* a picture is manipulated; it trains the score [abstract]. A genuine
 label says more: *every* pixel is genuine. So a part of one genuine picture pasted into another is
@@ -14,7 +15,7 @@ and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as 
 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference see the same native
-   pixels (data.view), and a held-out picture has infer.py's score, but for the calibration.
+   pixels (data.view), and a held-out picture gets the score of infer.py before calibration.
 2. A window inherits the label of its picture but may miss the manipulated region. We measured what
    this costs, and that aiming windows at suspicious patches does not mend it (tests/README.md).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
@@ -50,7 +51,7 @@ from weights import synthesis
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
-WINDOW = 256                          # side of training windows, limit of infer.py's; view pixels
+WINDOW = 256              # pixels of the view: side of training windows, at most that in infer.py
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
 LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lr": 0, "hecl": 0, "workers": 0, "seed": 0}
@@ -73,7 +74,7 @@ def make_parser():
     add("--epochs", type=int, default=4, help="passes over the pictures")
     add("--batch", type=int, default=32, help="labelled pictures a step")
     add("--lr", type=float, default=5e-4, help="learning rate")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=int, default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", default="auto", help="auto (bf16 if the hardware has it), bf16, fp32")
     add("--workers", type=int, default=2, help="processes that load pictures")
@@ -103,7 +104,7 @@ def read_settings(arguments):
         raise BadInput("found no --data, expected a folder or list of pictures: name it")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if not value >= least:                           # nor is NaN
+        if not value >= least:                           # also catches NaN
             raise BadInput(f"found --{name} {value}, expected at least {least}")
     if not 0 < args.val < 1:
         raise BadInput(f"found --val {args.val}, expected a number between 0 and 1")
@@ -140,7 +141,7 @@ def read_pictures(args, held_out):
                        f"{args.batch}: add some, or lower --batch")
     genuine = sum(p.label == 0 for p in val)
     if genuine < 20:
-        print(f"note: only {genuine} genuine pictures to calibrate on, so 0.5 is a rough guess",
+        print(f"note: few genuine pictures to calibrate on ({genuine}): the threshold 0.5 is rough",
               file=sys.stderr)
     return train, val
 
@@ -209,8 +210,8 @@ def make_model(args):
     except ValueError as error:
         raise BadInput(str(error)) from error
     # OpenAI's towers never learned to see traces. So LoRA adapts them [digest], and pictures are
-    # enlarged until a patch covers about 8 of their pixels. Our own tower, the one with a stem, was
-    # pretrained on traces and stays frozen.
+    # enlarged until a patch covers about 8 x 8 of their pixels. Our own tower, the one with a stem,
+    # was pretrained on traces and stays frozen.
     zoom = {32: 4, 16: 2, 14: 2}.get(tower.visual.patch_size, 1)
     cell = tower.visual.patch_size // zoom
     rank = args.lora_rank
@@ -226,7 +227,7 @@ def make_model(args):
 # ------------------------------------------------------------------------------------------ loss
 
 class Objective(nn.Module):
-    """The model with its losses. labels: an array, of the training set. Every weight is ours."""
+    """The model with its losses. labels (n,): those of the training set. Every weight is ours."""
 
     def __init__(self, model, hecl_weight, labels):
         super().__init__()
@@ -263,7 +264,7 @@ class Objective(nn.Module):
         errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
         patch_loss = ((known + 3 * inside) * errors).sum() / known.sum().clamp(min=1)
 
-        # Alike: edge patches of a class, in many pictures, against those of the other class.
+        # Contrast: edge patches of a class attract each other across pictures, repel the other's.
         contrast = torch.zeros_like(label_loss)
         if self.hecl_weight > 0:
             contrast = self.hecl(output.depths, output.edges, logits, labels, truth)
@@ -282,8 +283,7 @@ def auc(values, labels):
 
 def validate(model, pictures):
     """Judge held-out pictures as infer.py does: calibrate the model on the genuine ones, and return
-    the image cross-entropy and AUC before calibration; {} if none is manipulated. Each process
-    judges all, so none has to wait for another."""
+    the image AUC; {} if none is manipulated. Each process judges all, so none has to wait."""
     model.eval()
     labels = np.array([p.label for p in pictures])                             # (n,)
     scores = np.zeros(len(pictures))                                           # (n,)
@@ -303,10 +303,7 @@ def validate(model, pictures):
     score_shift = np.quantile(scores[labels == 0], 0.9, method="higher")
     model.map_shift.fill_(float(map_shift))
     model.score_shift.fill_(float(score_shift))
-    if not labels.any():
-        return {}
-    loss = np.logaddexp(0, np.where(labels == 1, -scores, scores)).mean()
-    return {"val_label_loss": float(loss), "val_auc": auc(scores, labels)}
+    return {"val_auc": auc(scores, labels)} if labels.any() else {}
 
 
 def best_of(history):
@@ -348,8 +345,7 @@ def learning_rate(done):
 
 
 def make_optimizer(objective):
-    """Adam on all weights that train. `times`: a group's own multiple of the learning rate; what
-    the levels add to the map learns four times as fast [ours]."""
+    """Adam. `times`: multiple of the learning rate; `Depths` learns four times as fast [ours]."""
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     depths = [p for name, p in trained.items() if ".depths." in name]
     others = [p for name, p in trained.items() if ".depths." not in name]
@@ -357,7 +353,7 @@ def make_optimizer(objective):
 
 
 def connect(name):
-    """(device, rank of this process, number of processes): as torchrun set them, or alone."""
+    """(device, rank of this process, number of processes), the last two as torchrun set them."""
     device = infer.pick_device(name)
     if "RANK" not in os.environ:
         return device, 0, 1
@@ -422,7 +418,7 @@ class Run:
 
 
 def train_epoch(run, objective, epoch):
-    """One pass over the pictures -> its mean losses: total, label, patch, HECL."""
+    """One pass over the pictures -> its mean losses, a dict."""
     args = run.args
     run.train_set.epoch = epoch
     # of W processes, each takes every W-th column: its share of both kinds
@@ -453,7 +449,8 @@ def train_epoch(run, objective, epoch):
 
     if run.world > 1:
         dist.all_reduce(total)
-    return (total / len(plan) / run.world).tolist()
+    means = (total / len(plan) / run.world).tolist()
+    return dict(zip(("loss", "label_loss", "patch_loss", "hecl"), means))
 
 
 def train(run):
@@ -470,14 +467,13 @@ def train(run):
 
     for epoch in range(len(run.history), args.epochs):
         began = time.time()
-        loss, label_loss, patch_loss, contrast = train_epoch(run, objective, epoch)
-        if not math.isfinite(loss):
-            raise BadInput(f"found loss {loss} in epoch {epoch + 1}, expected a number: lower --lr "
-                           "and start anew")
+        losses = train_epoch(run, objective, epoch)
+        if not math.isfinite(losses["loss"]):
+            raise BadInput(f"found loss {losses['loss']} in epoch {epoch + 1}, expected a number: "
+                           "lower --lr and start anew")
         speed = len(run.labels) // args.batch * (args.batch + args.splices) / (time.time() - began)
-        row = {"epoch": epoch + 1, "loss": loss, "label_loss": label_loss,
-               "patch_loss": patch_loss, "hecl": contrast, **validate(run.model, run.held_out),
-               "pictures_per_s": speed}
+        row = {"epoch": epoch + 1} | losses | validate(run.model, run.held_out)
+        row["pictures_per_s"] = speed
         row["minutes_left"] = (args.epochs - epoch - 1) * (time.time() - began) / 60
         run.end_epoch(row)
     if run.rank == 0:
@@ -501,5 +497,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)         # Ctrl-C: finished epochs are on disk
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C ends at once: finished epochs are kept
     sys.exit(main())

@@ -2,7 +2,7 @@
 
     python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
 
-Map and score are calibrated to 0.5 on genuine photos that were not trained on (train.validate).
+It is calibrated so that 0.5 is the threshold, on genuine photos not trained on (train.validate).
 """
 import argparse
 import sys

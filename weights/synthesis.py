@@ -5,8 +5,9 @@
 train.py and weights/make.py call the same functions, on a CPU or a GPU. All of it is ours.
 Reading order: tools -> JPEG -> edits and wear -> outlines and stamps -> splices -> command line.
 
-Images are floats (n, 3, S, S) holding whole numbers of 0-255; regions are (n, S, S), 1 =
-manipulated. A NumPy generator, rng, makes the choices; noise and colours come from torch's own.
+Images are floats (n, 3, S, S) holding whole numbers of 0-255; regions are (n, S, S), internally
+(n, 1, S, S), 1 = manipulated. A NumPy generator, rng, makes the choices; noise and colours come
+from torch's own.
 """
 import argparse
 import csv
@@ -255,8 +256,8 @@ def rescale(images, rng):
 
 @torch.no_grad()
 def wear(images, rng):
-    """Simulate re-shared pictures: copies of the images, half of them rescaled, blurred, noisy or
-    compressed. Except for the noise, the same rng state gives the same treatment."""
+    """Simulate re-shared pictures: copies of the images, nearly half of them rescaled, blurred,
+    noisy or compressed. Except for the noise, the same rng state gives the same treatment."""
     images = images.clone()
     n = len(images)
     worn = rng.random(n) < 0.5
@@ -315,7 +316,7 @@ def outlines(guide, rng):
     polygons = torch.as_tensor(polygons, device=guide.device).float()          # (n, 1, GRID, GRID)
     objects = object_outlines(guide, rng)
     region = either(kind == "object", objects, polygons)
-    # a blob is a polygon without its corners
+    # a blob is a polygon blurred until its corners are round
     sigma = np.select([kind == "object", kind == "blob"], [2.2, 4.0], 1.0)
     region = blur(region, sigma)
     region = region[:, :, 1:-1, 1:-1]
@@ -410,8 +411,8 @@ def random_kinds(n, rng):
 def splice(photo, donor, rng, kind=None):
     """Manipulate photos (n, 3, S, S) -> Splices; pasted parts come from donors of the same shape.
 
-    kind: a key of KINDS for all; None draws one for each. A manipulation covers 1-50 % of its
-    picture, and no pixel outside of it changes.
+    kind: a key of KINDS for all; None draws one for each. No pixel outside of `region` changes,
+    which covers 1-50 % of a picture where `seen`.
     """
     n = len(photo)
     kinds = random_kinds(n, rng)
@@ -473,7 +474,7 @@ def fill(images, region):
 # ---------------------------------------------------------------------------------- command line
 
 def make_pairs(windows, count, rng):
-    """Yield (genuine, manipulated, region, words) so many times; windows: a data.TrainingSet."""
+    """Yield `count` tuples (genuine, manipulated, region, words); windows: a data.TrainingSet."""
     while count > 0:
         index = rng.integers(2 ** 31, size=32)
         images = torch.stack([windows[i][0] for i in index]).float()           # (32, 3, S, S)
@@ -507,8 +508,8 @@ def write(pairs, out):
 
 
 def genuine_pictures(path):
-    """The pictures of a folder or list that are not labelled as manipulated, with label 0; else
-    ValueError."""
+    """The pictures of a folder or list but those labelled manipulated, with label 0; ValueError if
+    there are none."""
     pictures, _ = data.read_set(path, masks=False)
     genuine = [picture._replace(label=0) for picture in pictures if picture.label != 1]
     if not genuine:
@@ -530,7 +531,7 @@ def main(arguments=None):
     try:
         if args.count < 1 or args.size < 32:
             raise ValueError(f"found --count {args.count} --size {args.size}, expected at least 1 "
-                             "pair of 32 pixels")
+                             "and 32")
         if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()):
             raise ValueError(f"found something at {args.out}, expected a new folder: choose "
                              "another --out")
