@@ -16,8 +16,8 @@ and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference see the same native
    pixels (data.view), and a held-out picture gets the score of infer.py before calibration.
-2. A window inherits the label of its picture but may miss the manipulated region. We measured what
-   this costs, and that aiming windows at suspicious patches does not mend it (tests/README.md).
+2. A window inherits the label of its picture but may miss the manipulated region. This costs image
+   AUC, and aiming windows at suspicious patches did not win it back (tests/README.md).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
 
 Reading order: settings -> pictures -> model -> loss -> validation -> checkpoints -> loop.
