@@ -423,7 +423,7 @@ def lesson(text):
     pixels = normalize(image)                                                  # (1, 3, H, W)
     _, features = model.encode_patches(pixels)                                 # (1, N, D)
     difference = F.normalize(features, dim=-1) @ (manipulated - genuine)       # (1, N)
-    print('cosine with "manipulated" minus cosine with "genuine", percent, over 5 x 5 patches:')
+    print('cosine with "manipulated" minus that with "genuine", x 100, means of 5 x 5 patches:')
     difference = difference.view(1, *model.visual.grid(pixels))                # (1, h, w)
     for row in F.avg_pool2d(difference, 5)[0]:                                 # (h // 5, w // 5)
         print("   ", " ".join(f"{100 * value:4.0f}" for value in row))

@@ -278,8 +278,8 @@ def read_set(path, masks=True):
 
 
 def split(pictures, fraction, seed):
-    """Pictures -> (train, held_out): about `fraction` of each class is held out, no scene is in
-    both, and both have both classes whenever possible. The same seed gives the same split."""
+    """Pictures -> (train, held_out): about `fraction` of each class is held out; no scene is in
+    both, and each part has both classes if possible. The same seed gives the same split."""
     scenes = defaultdict(Counter)                            # {scene: {label: pictures}}
     for picture in pictures:
         scenes[picture.source or str(picture.path)][picture.label] += 1

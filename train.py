@@ -94,8 +94,8 @@ def read_settings(arguments):
         args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
         for name, value in stored.items():
             if name not in FREE and getattr(args, name) != value:
-                raise BadInput(f"found {name} {getattr(args, name)}, but the run in {args.out} has "
-                               f"{value}: leave it out")
+                raise BadInput(f"found --{name} {getattr(args, name)}, but the run in "
+                               f"{args.out} has {value}: leave it out")
     elif last.exists():
         raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
                        "choose another --out")
