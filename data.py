@@ -166,7 +166,8 @@ def find_layout(root, names, masks):
     """(layout, {picture: label}) by the first of LAYOUTS that fits the names of all pictures; "no
     labels" if no folder is named like a class and there are no masks; else BadInput."""
     names = {file: name for file, name in names.items() if file not in masks}
-    twins = len(set(names.values())) > len({Path(name).name for name in names.values()})
+    stems = {Path(name).name for name in names.values()}
+    twins = len(stems) < len(set(names.values()))
     odd = []
     for layout, patterns in LAYOUTS.items():
         genuine, manipulated = [{file for file in names if re.search(pattern, names[file])}
@@ -266,7 +267,8 @@ def read_set(path, masks=True):
     for p in entries:
         if p.path in sizes:
             mask = p.mask if p.mask in sizes else None
-            scene = p.source or "".join(re.fullmatch(SCENE, p.path.stem.lower()).groups(""))
+            parts = re.fullmatch(SCENE, p.path.stem.lower())
+            scene = p.source or "".join(parts.groups(""))
             pictures.append(p._replace(mask=mask, source=scene, size=sizes[p.path]))
     if not pictures:
         raise BadInput(f"found no usable picture in {root} ({[*report.problems, 'empty'][0]}), "
@@ -325,7 +327,8 @@ class TrainingSet(torch.utils.data.Dataset):
 
         window = image[:, top:top + self.window, left:left + self.window]      # (3, h, w)
         missing = [(0, self.window - side) for side in window.shape[1:]]
-        pixels = np.pad((255 * window).round().byte(), [(0, 0), *missing], mode="reflect")
+        pixels = (255 * window).round().byte()                                 # (3, h, w)
+        pixels = np.pad(pixels, [(0, 0), *missing], mode="reflect")
         window = torch.from_numpy(pixels)                                      # (3, window, window)
         if rng.random() < 0.5:
             window = window.flip(2)
@@ -334,7 +337,8 @@ class TrainingSet(torch.utils.data.Dataset):
 
 def demo():
     """Why the network sees native pixels: resampling erases the traces of a splice."""
-    noise = np.random.default_rng(0).normal(128, 6, (512, 512, 3)).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(128, 6, (512, 512, 3)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG")
     spliced = open_image(file)
@@ -343,7 +347,9 @@ def demo():
     for max_side, block in ((512, 8), (256, 4)):             # native pixels, half the size
         pixels = view(spliced, max_side, cell=16)                                 # (3, H', W')
         steps = pixels.diff(dim=2).abs().mean(dim=(0, 1))                         # (W' - 1,)
-        left, right = [half[block - 1::block].mean() / half.mean() for half in steps.chunk(2)]
+        left, right = steps.chunk(2)
+        left = left[block - 1::block].mean() / left.mean()
+        right = right[block - 1::block].mean() / right.mean()
         print(f"max_side={max_side}: JPEG half {left:.2f}, pasted half {right:.2f}")
 
 

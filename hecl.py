@@ -156,7 +156,8 @@ def demo():
     for name, b in (("genuine", 0), ("manipulated", 1), ("splice", 3)):
         print(f"    {name:12} {chosen[b].tolist()} {known[b].tolist()}")
 
-    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.3, share=0.5, top=2)
+    hecl = HECL(levels=1, width=8, dim=4, queue=6,
+                tau=0.3, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z, *hecl.parameters()], lr=0.05)
     for step in range(61):

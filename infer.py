@@ -108,7 +108,8 @@ class Result(NamedTuple):
 
 def tiles(length, size):
     """(start, end) of the fewest windows that cover `length`: at most `size` long, nearly equal."""
-    ends = np.linspace(0, length, math.ceil(length / size) + 1).round().astype(int).tolist()
+    count = math.ceil(length / size)
+    ends = np.linspace(0, length, count + 1).round().astype(int).tolist()
     return list(zip(ends, ends[1:]))
 
 
@@ -123,7 +124,8 @@ def patch_logits(model, image):
     grid = torch.zeros(H // p, W // p)                             # (h, w)
     for top, bottom in tiles(H // p, size):
         for left, right in tiles(W // p, size):
-            window = image[:, p * top:p * bottom, p * left:p * right].to(model.bias.device)
+            window = image[:, p * top:p * bottom, p * left:p * right]
+            window = window.to(model.bias.device)
             with model.autocast():
                 logits = model(window[None]).logits[0].float()     # (rows, columns)
                 mirrored = model(window.flip(2)[None]).logits[0].float()
@@ -177,7 +179,8 @@ first. A grey outline marks the most suspicious part of a picture called genuine
 def overlay(picture, result):
     """The picture (PIL RGB) with its mask tinted and outlined; only outlined if called genuine."""
     mask = Image.fromarray(result.mask).convert("L")
-    soft = np.asarray(mask.filter(ImageFilter.BoxBlur(max(picture.size) // 800 + 1)))    # (H, W)
+    radius = max(picture.size) // 800 + 1
+    soft = np.asarray(mask.filter(ImageFilter.BoxBlur(radius)))    # (H, W)
     outline = Image.fromarray((0 < soft) & (soft < 255))
     canvas = picture.copy()
     canvas.paste("grey", mask=outline)

@@ -244,7 +244,8 @@ class Objective(nn.Module):
     def forward(self, image, labels, truth):
         """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N) -> (4,): the weighted sum, label
         loss, patch loss, HECL."""
-        output = self.model(image)
+        with self.model.autocast():                      # the losses stay in fp32
+            output = self.model(image)
         logits = output.logits.flatten(1).float()                              # (B, N)
         score = output.score.float()                                           # (B,)
         is_splice = (truth == 1).any(dim=1)                                    # (B,)
@@ -262,12 +263,14 @@ class Objective(nn.Module):
         inside = (truth == 1).float()                                          # (B, N)
         known = ((truth >= 0) & judged[:, None]).float()                       # (B, N)
         errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
-        patch_loss = ((known + 3 * inside) * errors).sum() / known.sum().clamp(min=1)
+        weight = known + 3 * inside                                            # (B, N)
+        patch_loss = (weight * errors).sum() / known.sum().clamp(min=1)
 
         # Contrast: edge patches of a class attract each other across pictures, repel the other's.
         contrast = torch.zeros_like(label_loss)
         if self.hecl_weight > 0:
-            contrast = self.hecl(output.depths, output.edges, logits, labels, truth)
+            depths = [z.float() for z in output.depths]                        # [(B, N, D)]
+            contrast = self.hecl(depths, output.edges, logits, labels, truth)
 
         total = label_loss + patch_loss + self.hecl_weight * contrast
         return torch.stack([total, label_loss, patch_loss, contrast])
@@ -349,7 +352,8 @@ def make_optimizer(objective):
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     depths = [p for name, p in trained.items() if ".depths." in name]
     others = [p for name, p in trained.items() if ".depths." not in name]
-    return torch.optim.Adam([{"params": depths, "times": 4}, {"params": others, "times": 1}])
+    groups = [{"params": depths, "times": 4}, {"params": others, "times": 1}]
+    return torch.optim.Adam(groups)
 
 
 def connect(name):
@@ -437,8 +441,7 @@ def train_epoch(run, objective, epoch):
         image, labels, truth = make_batch(windows.to(run.device), labels.to(run.device),
                                           args.splices // run.world, run.model.cell, rng)
         # losses and gradients
-        with run.model.autocast():
-            losses = objective(image, labels, truth)
+        losses = objective(image, labels, truth)
         losses[0].backward()
         nn.utils.clip_grad_norm_(run.objective.parameters(), 1.0)      # ours: norm at most 1
 
@@ -471,7 +474,8 @@ def train(run):
         if not math.isfinite(losses["loss"]):
             raise BadInput(f"found loss {losses['loss']} in epoch {epoch + 1}, expected a number: "
                            "lower --lr and start anew")
-        speed = len(run.labels) // args.batch * (args.batch + args.splices) / (time.time() - began)
+        seen = len(run.labels) // args.batch * (args.batch + args.splices)
+        speed = seen / (time.time() - began)
         row = {"epoch": epoch + 1} | losses | validate(run.model, run.held_out)
         row["pictures_per_s"] = speed
         row["minutes_left"] = (args.epochs - epoch - 1) * (time.time() - began) / 60

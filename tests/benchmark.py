@@ -80,8 +80,7 @@ def bench_train():
     def step(dtype):
         model.dtype = dtype
         image, targets, truth = batch()
-        with model.autocast():
-            losses = objective(image, targets, truth)
+        losses = objective(image, targets, truth)
         losses[0].backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
