@@ -188,8 +188,8 @@ class SAPL(nn.Module):
 
     config, a dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context` (tokens
     per class), `rho` (see pool_score), `zoom` (enlarges pictures, as traces are finer than CLIP's
-    patches [ours]; divides the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share` (the
-    fraction of blocks with it, the last); train.py, infer.py read `max_side`, `window` (pixels).
+    patches [ours]; a divisor of the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share`
+    (fraction of blocks, the last ones, that get it); others read `max_side`, `window` (pixels).
     """
 
     def __init__(self, clip_model, config):

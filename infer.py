@@ -116,8 +116,8 @@ def tiles(length, size):
 @torch.inference_mode()
 def patch_logits(model, image):
     """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean over each window and its
-    mirror image [ours]. A tower trained on small pictures attends poorly
-    across large ones, so windows have at most config["window"] pixels a side (0: no limit)."""
+    mirror image [ours]. A tower trained on small pictures attends poorly across large ones, so
+    windows have at most config["window"] pixels a side (0: no limit)."""
     p = model.cell
     _, H, W = image.shape
     size = model.config["window"] // p or max(H, W)

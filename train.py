@@ -14,8 +14,8 @@ manipulated by construction, and such splices train the map [ours; after CutPast
 and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as in the abstract.
 
 Three lessons about weak labels:
-1. One view. Resampling erases traces, so training, validation and inference see the same native
-   pixels (data.view), and a held-out picture gets the score of infer.py before calibration.
+1. One view. Resampling erases traces, so training, validation and inference share one view, native
+   pixels up to max_side (data.view); a held-out picture gets infer.py's score, uncalibrated.
 2. A window inherits the label of its picture but may miss the manipulated region. This costs image
    AUC, and aiming windows at suspicious patches did not win it back (tests/README.md).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
@@ -51,7 +51,7 @@ from weights import synthesis
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
-WINDOW = 256              # pixels of the view: side of training windows, at most that in infer.py
+WINDOW = 256              # pixels of the view: side of training windows, longest side in infer.py
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
 LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lr": 0, "hecl": 0, "workers": 0, "seed": 0}
@@ -94,8 +94,8 @@ def read_settings(arguments):
         args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
         for name, value in stored.items():
             if name not in FREE and getattr(args, name) != value:
-                raise BadInput(f"found --{name} {getattr(args, name)}, but the run in "
-                               f"{args.out} has {value}: leave it out")
+                raise BadInput(f"found --{name.replace('_', '-')} {getattr(args, name)}, but the "
+                               f"run in {args.out} has {value}: leave it out")
     elif last.exists():
         raise BadInput(f"found a run in {args.out}, expected an empty folder: add --resume, or "
                        "choose another --out")
