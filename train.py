@@ -54,7 +54,8 @@ SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}        
 WINDOW = 256              # pixels of the view: side of training windows, longest side in infer.py
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
-LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lr": 0, "hecl": 0, "workers": 0, "seed": 0}
+LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
+         "seed": 0}
 
 
 def make_parser():
@@ -104,8 +105,8 @@ def read_settings(arguments):
         raise BadInput("found no --data, expected a folder or list of pictures: name it")
     for name, least in LEAST.items():
         value = getattr(args, name)
-        if not value >= least:                           # also catches NaN
-            raise BadInput(f"found --{name} {value}, expected at least {least}")
+        if value is not None and not value >= least:     # also catches NaN
+            raise BadInput(f"found --{name.replace('_', '-')} {value}, expected at least {least}")
     if not 0 < args.val < 1:
         raise BadInput(f"found --val {args.val}, expected a number between 0 and 1")
     return args, state

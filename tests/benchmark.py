@@ -19,7 +19,6 @@ import torch                                                    # noqa: E402
 from PIL import Image                                           # noqa: E402
 
 import data                                                     # noqa: E402
-import hecl                                                     # noqa: E402
 import infer                                                    # noqa: E402
 import train                                                    # noqa: E402
 from evaluate import jpeg                                       # noqa: E402

@@ -413,6 +413,7 @@ def test_two_processes_agree(place):
 @pytest.mark.parametrize("wrong, message", [
     ("--epochs 0", "--epochs 0, expected at least 1"),
     ("--lr nan", "--lr nan, expected at least 0"),
+    ("--lora-rank -1", "--lora-rank -1, expected at least 0"),
     ("--batch 500", "found 24 pictures to train on, .* --batch 500"),
     ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
     ("--clip tiny --lora-rank 2", r"--lora-rank 2, but --clip tiny keeps its own \(0\)"),
