@@ -253,11 +253,6 @@ class VisionTransformer(nn.Module):
         x = x + self.positions(h, w).to(x.dtype)
         return self.ln_pre(x).to(x.dtype)
 
-    def forward(self, pixels):
-        """pixels (B, 3, H, W) -> image features (B, D)."""
-        x = self.transformer(self.embed(pixels))                               # (B, 1 + N, Dv)
-        return self.ln_post(x[:, 0]) @ self.proj                               # (B, D)
-
 
 class CLIP(nn.Module):
     """Both towers. Arguments as in OpenAI's code, and `stem`: the channels of our Stem."""
@@ -279,7 +274,8 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels):
         """pixels (B, 3, H, W) -> image features (B, D), not normalised."""
-        return self.visual(pixels)                                             # (B, D)
+        x = self.visual.transformer(self.visual.embed(pixels))                 # (B, 1 + N, Dv)
+        return self.visual.ln_post(x[:, 0]) @ self.visual.proj                 # (B, D)
 
     def encode_patches(self, pixels, levels=()):
         """pixels (B, 3, H, W) -> patch tokens after the blocks `levels` (from 1) [(B, N, Dv)], and

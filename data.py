@@ -33,14 +33,14 @@ class BadInput(ValueError):
 # ---------------------------------------------------------------------------------- one picture
 
 @contextmanager
-def one_line(remedy=""):
+def one_line():
     """Turn what Pillow and the file system raise into BadInput; only their calls belong inside."""
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     except DAMAGE as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise BadInput(text.splitlines()[0] + remedy) from error
+        raise BadInput(text.splitlines()[0]) from error
 
 
 def to_bytes(values):
@@ -72,15 +72,6 @@ def to_rgb(image, background="white"):
     return image
 
 
-def to_picture(source):
-    """PIL image of any mode, array or tensor -> PIL RGB by `to_rgb`; BadInput for anything else.
-    Arrays: uint8 (H, W), (H, W, 3) or, with alpha, (H, W, 4); uint16 or float32 (H, W)."""
-    if not isinstance(source, Image.Image):
-        with one_line(", expected uint8 (H, W[, 3 or 4]), uint16 or float32 (H, W): convert it"):
-            source = Image.fromarray(np.asarray(source))
-    return to_rgb(source)
-
-
 def open_image(path, background="white"):
     """Picture file -> `to_rgb` of its first frame; BadInput begins with the path."""
     try:
@@ -103,15 +94,15 @@ def reduced_size(size, max_side):
     return tuple(max(1, round(scale * side)) for side in size)
 
 
-def view(picture, max_side, cell):
+def view(picture, max_side, cell, least=1):
     """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels,
     because resampling erases traces. Only a picture longer than max_side is reduced, once.
-    Reflection pads the right and the bottom to multiples of cell."""
+    Reflection pads the right and the bottom to multiples of cell, at least `least` pixels."""
     W, H = reduced_size(picture.size, max_side)
     if (W, H) != picture.size:
         picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
-    missing = ((0, -H % cell), (0, -W % cell), (0, 0))
-    return to_tensor(np.pad(picture, missing, mode="reflect"))                    # (3, H', W')
+    missing = [(0, max(least - side, -side % cell)) for side in (H, W)]
+    return to_tensor(np.pad(picture, [*missing, (0, 0)], mode="reflect"))         # (3, H', W')
 
 
 # -------------------------------------------------------------------------- a data set on disk
@@ -121,14 +112,7 @@ class Picture(NamedTuple):
     path: Path
     label: int | None
     mask: Path | None = None
-    source: str = ""              # pictures of one scene share it: `split` keeps them together
-    size: tuple = (0, 0)          # (H, W), upright
-
-
-class Report(NamedTuple):
-    """How a set was read: a key of LAYOUTS, "list" or "no labels"; one line for each problem."""
-    layout: str
-    problems: list
+    scene: str = ""               # `split` keeps the pictures of a scene together
 
 
 # Patterns in the path of a picture below its set's folder, in lower case, without extension.
@@ -187,7 +171,7 @@ def find_layout(root, names, masks):
 
 
 def read_folder(root):
-    """A folder in one of LAYOUTS, or of photos without labels -> (pictures, Report)."""
+    """A folder in one of LAYOUTS, or of photos without labels -> (pictures, layout, problems)."""
     names = {file: "/" + file.relative_to(root).with_suffix("").as_posix().lower()
              for file in files_in(root)}
 
@@ -217,12 +201,12 @@ def read_folder(root):
             problems.append(f"no mask of its own: {file}")
         scene = file.parent.name if layout == "IMD2020" else ""
         pictures.append(Picture(file, label, mask, scene))
-    return pictures, Report(layout, problems)
+    return pictures, layout, problems
 
 
 def read_list(file):
-    """A list -> (pictures, Report): CSV with a header image,label,mask, or the JSON of IMDL-BenCo,
-    [[image, mask], ..] with "Negative" for a genuine one; paths are relative to its folder."""
+    """A list -> pictures: CSV with a header image,label,mask, or the JSON of IMDL-BenCo, [[image,
+    mask], ..] with "Negative" for a genuine one; paths are relative to its folder."""
     try:
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".json":
@@ -246,37 +230,42 @@ def read_list(file):
         picture = Picture(path, int(row["label"]), mask)
         if pictures.setdefault(os.path.realpath(path), picture).label != picture.label:
             raise BadInput(f"found {path} with labels 0 and 1 in {file}, expected one: correct it")
-    return list(pictures.values()), Report("list", [])
+    return list(pictures.values())
 
 
 def read_set(path, masks=True):
-    """A folder or list -> (pictures, Report): each picture and, unless masks=False, each mask is
-    decoded once, and unusable ones are left out. BadInput if no layout fits or nothing is left."""
+    """A folder or list -> (pictures, layout: a key of LAYOUTS, "no labels" or "list", problems: a
+    line each). Each picture and, unless masks=False, each mask is decoded once; unusable ones are
+    left out. BadInput if no layout fits or nothing is left."""
     root = Path(path)
-    entries, report = read_folder(root) if root.is_dir() else read_list(root)
+    if root.is_dir():
+        entries, layout, problems = read_folder(root)
+    else:
+        entries, layout, problems = read_list(root), "list", []
     wanted = [("file", picture.path) for picture in entries]
     wanted += [("mask", picture.mask) for picture in entries if picture.mask and masks]
-    sizes = {}                                               # {file: (H, W), upright}
+    usable = {None}
     for kind, file in wanted:
         try:
-            sizes[file] = open_image(file).size[::-1]
+            open_image(file)
+            usable.add(file)
         except BadInput as error:
-            report.problems.append(f"bad {kind}: {error}")
+            problems.append(f"bad {kind}: {error}")
 
     pictures = []
     for p in entries:
-        if p.path in sizes:
-            mask = p.mask if p.mask in sizes else None
+        if p.path in usable:
+            mask = p.mask if p.mask in usable else None
             parts = re.fullmatch(SCENE, p.path.stem.lower())
-            scene = p.source or "".join(parts.groups(""))
-            pictures.append(p._replace(mask=mask, source=scene, size=sizes[p.path]))
+            scene = p.scene or "".join(parts.groups("")) or str(p.path)
+            pictures.append(p._replace(mask=mask, scene=scene))
     if not pictures:
-        raise BadInput(f"found no usable picture in {root} ({[*report.problems, 'empty'][0]}), "
+        raise BadInput(f"found no usable picture in {root} ({[*problems, 'empty'][0]}), "
                        "expected .jpg, .png, .tif, ..: check the path and the files")
     for label, name in enumerate(("genuine", "manipulated")):
         if label not in {picture.label for picture in pictures}:
-            report.problems.append(f"no picture is labelled {name}")
-    return pictures, report
+            problems.append(f"no picture is labelled {name}")
+    return pictures, layout, problems
 
 
 def split(pictures, fraction, seed):
@@ -284,13 +273,13 @@ def split(pictures, fraction, seed):
     both, and each part has both classes if possible. The same seed gives the same split."""
     scenes = defaultdict(Counter)                            # {scene: {label: pictures}}
     for picture in pictures:
-        scenes[picture.source or str(picture.path)][picture.label] += 1
+        scenes[picture.scene][picture.label] += 1
     order = np.random.default_rng(seed).permutation(sorted(scenes)).tolist()
     total = sum(scenes.values(), Counter())
 
     held = Counter()
     for label in sorted(total, key=total.get):               # the rarest class first
-        goal = max(1, round(fraction * total[label])) if fraction > 0 else 0
+        goal = max(1, round(fraction * total[label]))
         order.sort(key=lambda scene: scenes[scene][label] > goal)       # large scenes last
         for scene in order:
             more = held + scenes[scene]
@@ -298,8 +287,8 @@ def split(pictures, fraction, seed):
             if held[label] < goal and scenes[scene][label] and leaves_all:
                 held = more
                 scenes[scene] = Counter()                    # nothing of it is left to train on
-    held_out = [p for p in pictures if not scenes[p.source or str(p.path)]]
-    return [p for p in pictures if scenes[p.source or str(p.path)]], held_out
+    held_out = [p for p in pictures if not scenes[p.scene]]
+    return [p for p in pictures if scenes[p.scene]], held_out
 
 
 class TrainingSet(torch.utils.data.Dataset):
@@ -321,36 +310,27 @@ class TrainingSet(torch.utils.data.Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         picture = self.pictures[index % len(self)]
-        image = view(open_image(picture.path), self.max_side, self.cell)       # (3, H', W')
-        room = np.maximum(0, np.array(image.shape[1:]) - self.window)          # (2,)
+        image = view(open_image(picture.path), self.max_side, self.cell, self.window)
+        room = np.array(image.shape[1:]) - self.window                         # (2,)
         top, left = rng.integers(room + 1)
-
-        window = image[:, top:top + self.window, left:left + self.window]      # (3, h, w)
-        missing = [(0, self.window - side) for side in window.shape[1:]]
-        pixels = (255 * window).round().byte()                                 # (3, h, w)
-        pixels = np.pad(pixels, [(0, 0), *missing], mode="reflect")
-        window = torch.from_numpy(pixels)                                      # (3, window, window)
+        window = image[:, top:top + self.window, left:left + self.window]
+        window = (255 * window).round().byte()                                 # (3, window, window)
         if rng.random() < 0.5:
             window = window.flip(2)
         return window, picture.label
 
 
 def demo():
-    """Why the network sees native pixels: resampling erases the traces of a splice."""
-    rng = np.random.default_rng(0)
-    noise = rng.normal(128, 6, (512, 512, 3)).astype(np.uint8)
+    """Why the network sees native pixels: resampling erases traces, here those of a JPEG file."""
+    noise = np.random.default_rng(0).normal(128, 6, (512, 512, 3)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "JPEG")
-    spliced = open_image(file)
-    spliced.paste(Image.fromarray(noise[:, 256:]), (256, 0))           # has never been a JPEG
-    print("A JPEG file with a pasted half\nSteps across JPEG block borders, relative to all steps:")
+    print("Noise, saved as JPEG. Steps across the borders of its blocks, relative to all steps:")
     for max_side, block in ((512, 8), (256, 4)):             # native pixels, half the size
-        pixels = view(spliced, max_side, cell=16)                                 # (3, H', W')
+        pixels = view(open_image(file), max_side, cell=16)                        # (3, H', W')
         steps = pixels.diff(dim=2).abs().mean(dim=(0, 1))                         # (W' - 1,)
-        left, right = steps.chunk(2)
-        left = left[block - 1::block].mean() / left.mean()
-        right = right[block - 1::block].mean() / right.mean()
-        print(f"max_side={max_side}: JPEG half {left:.2f}, pasted half {right:.2f}")
+        ratio = steps[block - 1::block].mean() / steps.mean()
+        print(f"    max_side {max_side}: {ratio:.2f}")
 
 
 def main(arguments=None):
@@ -359,16 +339,16 @@ def main(arguments=None):
     parser.add_argument("path", help="folder or list of labelled pictures")
     path = parser.parse_args(arguments).path
     try:
-        pictures, report = read_set(path)
+        pictures, layout, problems = read_set(path)
     except (BadInput, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = Counter(picture.label for picture in pictures)
     masks = sum(picture.mask is not None for picture in pictures)
-    print(f"{path}: {report.layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
+    print(f"{path}: {layout}; {count[0]} genuine, {count[1]} manipulated, {count[None]} "
           f"without label, {masks} masks")
-    print("\n".join(report.problems) or "nothing wrong")
-    return 1 if report.problems else 0
+    print("\n".join(problems) or "nothing wrong")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

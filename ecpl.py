@@ -14,17 +14,16 @@ them with each picture, and ECPL takes that shift from edge-enhanced features, b
 regions show at their edges. To get a map, each patch is compared with the sentences, as in MaskCLIP
 (Zhou et al. 2022). In the ablation (tests/README.md) the shift changes nothing beyond the spread.
 
+`python tests/method.py` draws the steps for a picture.
 Shapes: B images, N = h * w patches, D joint width, Dv image width, Dt text width, L text tokens,
 M context tokens, C = 2 classes in the order (genuine, manipulated).
 """
-from pathlib import Path
+import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 import clip
 
@@ -225,7 +224,7 @@ class SAPL(nn.Module):
         features = F.normalize(features.float(), dim=-1)
         difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
         cosines = (features * difference).sum(dim=-1)                          # (B, N)
-        scale = self.log_scale.clamp(0, np.log(100)).exp()                     # CLIP: at most 100
+        scale = self.log_scale.clamp(0, math.log(100)).exp()                     # CLIP: at most 100
         return scale * cosines + self.bias
 
     def read(self, image):
@@ -250,43 +249,3 @@ class SAPL(nn.Module):
         score = pool_score(logits, self.config["rho"])                         # (B,)
         logits = logits.view(-1, h, w)                                         # (B, h, w)
         return Output(logits, score, text, depths, edges)
-
-
-@torch.no_grad()
-def demo(out="out/method.png"):
-    """Show the steps on tests/forged.png, in numbers and as a row of pictures."""
-    state = torch.load(clip.TINY, weights_only=True)
-    model = SAPL(clip.build(state["clip"]), state["config"]).eval()
-    tower = {f"clip.{key}": x for key, x in state["clip"].items()}
-    model.load_state_dict(tower | state["model"])
-    picture = Image.open(Path(__file__).with_name("tests") / "forged.png")
-    picture = picture.crop((100, 0, 356, 256))
-    image = torch.from_numpy(np.array(picture)) / 255                          # (H, W, 3)
-    image = image.permute(2, 0, 1)[None]                                       # (1, 3, H, W)
-
-    levels, _, _ = model.read(image)                                           # [(1, N, Dv)]
-    output = model(image)
-    _, h, w = output.logits.shape
-    variation = feature_variation(levels[-1], h, w).mean(dim=-1)               # (1, N)
-    map = smooth(output.logits - output.logits.mean()) - model.map_shift       # (1, h, w)
-    steps = {
-        "soft edges": soft_edges(image)[0, 0],                                 # (H, W)
-        "feature variation": variation.view(h, w) / variation.max(),           # (h, w)
-        "map": map[0].sigmoid(),                                               # (h, w)
-        "mask": map[0] > 0,                                                    # (h, w)
-    }
-    print(f"image {tuple(image.shape)}, patch features {len(levels)} x {tuple(levels[-1].shape)}, "
-          f"text features {tuple(output.text.shape)}; drawn in {out}:")
-    row = Image.new("RGB", (5 * 264, 264), "white")
-    row.paste(picture, (4, 4))
-    for i, (name, x) in enumerate(steps.items(), start=1):
-        print(f"    {name:18} {str(tuple(x.shape)):11} mean {x.float().mean():.2f}")
-        panel = Image.fromarray((255 * x).byte().numpy())
-        panel = panel.resize(picture.size)
-        row.paste(panel, (264 * i + 4, 4))
-    Path(out).parent.mkdir(exist_ok=True)
-    row.save(out)
-
-
-if __name__ == "__main__":
-    demo()

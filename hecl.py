@@ -150,14 +150,13 @@ def demo():
     labels = torch.arange(8) % 2
     edges, logits = torch.rand(2, 8, 16)                                       # (8, 16) each
     truth = -labels[:, None].repeat(1, 16)               # (8, 16), unknown where the label is 1
-    truth[[3, 7]] = (torch.arange(16) < 6).long()        # two splices, in which all is known
+    truth[3] = (torch.arange(16) < 6).long()             # a splice, in which all is known
     chosen, known = select(edges, logits, truth, share=0.5, top=2)             # (8, 4) each
-    print("chosen edge patches, the 2 most suspicious first, and their classes (-1: unknown):")
-    for name, b in (("genuine", 0), ("manipulated", 1), ("splice", 3)):
+    print("chosen edge patches, the 2 most suspicious first, and their classes (-1: unknown)")
+    for b, name in enumerate(("genuine", "manipulated", "genuine", "splice")):
         print(f"    {name:12} {chosen[b].tolist()} {known[b].tolist()}")
 
-    hecl = HECL(levels=1, width=8, dim=4, queue=6,
-                tau=0.3, share=0.5, top=2)
+    hecl = HECL(levels=1, width=8, dim=4, queue=6, tau=0.3, share=0.5, top=2)
     z = torch.randn(8, 16, 8, requires_grad=True)                              # (B, N, D)
     optimizer = torch.optim.Adam([z, *hecl.parameters()], lr=0.05)
     for step in range(61):

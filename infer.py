@@ -29,7 +29,6 @@ import ecpl
 from data import BadInput
 
 FORMAT = 5                 # of checkpoints
-MIN_SIDE = 16              # pixels: a smaller picture has too little to compare
 CAUTION = "Some genuine pictures are called manipulated: never decide by the score alone."
 
 
@@ -108,9 +107,8 @@ class Result(NamedTuple):
 
 def tiles(length, size):
     """(start, end) of the fewest windows that cover `length`: at most `size` long, nearly equal."""
-    count = math.ceil(length / size)
-    ends = np.linspace(0, length, count + 1).round().astype(int).tolist()
-    return list(zip(ends, ends[1:]))
+    parts = np.array_split(range(length), math.ceil(length / size))
+    return [(part[0], part[-1] + 1) for part in parts]
 
 
 @torch.inference_mode()
@@ -150,12 +148,14 @@ def logits_of(model, picture):
 
 
 def localize(model, source):
-    """A path, or whatever data.to_picture reads, -> Result; raises BadInput."""
-    from_file = isinstance(source, (str, os.PathLike))
-    picture = data.open_image(source) if from_file else data.to_picture(source)
-    if min(picture.size) < MIN_SIDE:
-        raise BadInput(f"found {picture.width} x {picture.height} pixels, expected at least "
-                       f"{MIN_SIDE} a side")
+    """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays: uint8 (H, W) or
+    (H, W, 3), uint16 or float32 (H, W), and whatever else Image.fromarray takes."""
+    if isinstance(source, (str, os.PathLike)):
+        picture = data.open_image(source)
+    elif isinstance(source, Image.Image):
+        picture = data.to_rgb(source)
+    else:
+        picture = data.to_rgb(Image.fromarray(np.asarray(source)))
     map, score = logits_of(model, picture)
     map = (map - model.map_shift.cpu()).sigmoid().numpy()          # (H, W)
     score = (score - model.score_shift.cpu()).sigmoid().item()

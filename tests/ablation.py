@@ -153,7 +153,7 @@ def main():
     try:
         folder = Path(args.out, clip.sha256_of(file)[:12])       # of this tower
         base = train.Run(args, None).model
-        pictures, _ = data.read_set(args.test)
+        pictures, _, _ = data.read_set(args.test)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     folder.mkdir(exist_ok=True)

@@ -68,7 +68,7 @@ def bench_train():
     args = train.make_parser().parse_args([])
     model = train.make_model(args).to(DEVICE).train()
     objective = train.Objective(model, args.hecl, np.array([0, 1])).to(DEVICE)
-    optimizer = train.make_optimizer(objective)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad])
     pixels = windows(LABELLED + SPLICED)
     labels = torch.tensor([0, 1] * (LABELLED // 2) + [0] * SPLICED, device=DEVICE)
     rng = np.random.default_rng(0)

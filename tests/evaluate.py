@@ -73,14 +73,14 @@ def binarize(rgb, path):
     return values > top / 2                          # 0 and 1, or a dark palette
 
 
-def read_mask(picture):
-    """A Picture with a mask -> (H, W) bool in the mask's own size, turned like its picture;
-    data.BadInput if it cannot be read."""
+def read_mask(picture, size):
+    """A Picture with a mask and its own (H, W) -> (H, W) bool in the mask's size, turned like its
+    picture; data.BadInput if it cannot be read."""
     rgb = data.open_image(picture.mask, "black")
     mask = binarize(rgb, picture.mask)                                            # (H, W)
     if mask.mean() > 0.5 and INVERTED.search(str(picture.mask).lower()):
         mask = ~mask
-    if mask.shape == picture.size[::-1] != picture.size:
+    if mask.shape == size[::-1] != size:
         with Image.open(picture.path) as image:      # on its side: turn it as the picture was,
             turn = image.getexif().get(0x0112, 1)    # else anticlockwise (ours)
         image = Image.fromarray(mask)
@@ -262,7 +262,7 @@ def read_truth(picture, size):
     if not picture.mask:
         return None, {"left_out": "no mask (pixel metrics)"}
     try:
-        truth = read_mask(picture)                                                # (H, W)
+        truth = read_mask(picture, size)                                          # (H, W)
     except data.BadInput as error:
         return None, {"left_out": "unreadable mask (pixel metrics)", "error": str(error)}
     if not truth.any():
@@ -281,7 +281,7 @@ def measure(model, picture, attack, thresholds):
         image = data.open_image(picture.path)
         attacked = apply_attack(image, attack) if attack else image
         result = infer.localize(model, attacked)
-    except ValueError as error:                          # a damaged file, or too small a picture
+    except data.BadInput as error:
         return row | {"left_out": "no answer", "error": str(error)}, {}
 
     row["score"] = result.score
@@ -379,13 +379,13 @@ def evaluate(model, pictures, attack=None):
 
 def read(name, limit):
     """A set -> (pictures, lines about unreadable files); prints what is wrong with it."""
-    pictures, report = data.read_set(name)
+    pictures, _, problems = data.read_set(name)
     if not any(picture.label is not None for picture in pictures):
         raise ValueError(f"found no labels in {name}, expected genuine and manipulated pictures: "
                          "put them into folders au/ and tp/, or write a list image,label,mask")
 
-    bad = [line for line in report.problems if line.startswith("bad ")]
-    notes = [line for line in report.problems if line not in bad]
+    bad = [line for line in problems if line.startswith("bad ")]
+    notes = [line for line in problems if line not in bad]
     if len(notes) > NOTES:
         notes[NOTES:] = [f"and {len(notes) - NOTES} more: see `python data.py {name}`"]
     if limit and limit < len(pictures):

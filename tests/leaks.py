@@ -73,7 +73,7 @@ def contact_sheet(pictures, path, cell=128):
 
 def run(name, preview):
     """Print how much each cue tells; draw the preview, if any -> number of leaks."""
-    pictures, _ = data.read_set(name)
+    pictures, _, _ = data.read_set(name)
     if preview:
         contact_sheet(pictures, preview)
     pictures = [picture for picture in pictures if picture.label is not None]

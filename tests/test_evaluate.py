@@ -231,15 +231,15 @@ def test_masks_are_read_in_the_forms_of_the_field(tmp_path):
     Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)            # 4 x 6, upright
     for name, mask in forms.items():
         Image.fromarray(mask).save(tmp_path / name)
-        picture = data.Picture(tmp_path / "turned.jpg", 1, tmp_path / name, size=(6, 4))
-        assert np.array_equal(evaluate.read_mask(picture), truth), name
+        picture = data.Picture(tmp_path / "turned.jpg", 1, tmp_path / name)
+        assert np.array_equal(evaluate.read_mask(picture, (6, 4)), truth), name
 
 
 def test_what_cannot_count_is_left_out_and_named(red_set):
     Image.new("L", (64, 64)).save(red_set / "mask/t0.png")
     (red_set / "mask/t1.png").unlink()
     Image.new("L", (64, 64), 255).save(red_set / "mask/t2.png")
-    pictures, _ = data.read_set(red_set)
+    pictures, _, _ = data.read_set(red_set)
     (red_set / "mask/t3.png").write_text("no picture any more")
     pictures.append(data.Picture(pictures[0].path, None))
     summary, rows = evaluate.evaluate(None, pictures)

@@ -169,16 +169,12 @@ def test_the_map_is_what_the_network_says_of_the_view(size):
     assert result.decision == ("manipulated" if result.score > 0.5 else "genuine")
 
 
-def test_any_size_is_answered_but_what_has_nothing_to_compare():
+def test_any_size_is_answered():
     model = make_model(window=64)
-    for size in ((16, 16), (17, 31), (2000, 16), (16, 2000), (500, 400)):
+    for size in ((1, 1), (15, 100), (17, 31), (2000, 16), (16, 2000), (500, 400)):
         result = infer.localize(model, mini.photo(*size))
         assert result.map.shape == size[::-1]
         assert np.isfinite(result.map).all()
-    for size in ((1, 1), (15, 100), (100, 15)):
-        with pytest.raises(data.BadInput, match="found .* expected at least 16 a side"):
-            infer.localize(model, Image.new("RGB", size))
-        assert infer.logits_of(model, Image.new("RGB", size))[0].shape == size[::-1]
     model.bias.data.fill_(float("nan"))
     with pytest.raises(data.BadInput, match="found NaN or infinity"):
         infer.localize(model, mini.photo(64, 64))
@@ -227,7 +223,7 @@ def test_the_overlay_accuses_only_a_picture_called_manipulated():
 # ------------------------------------------------------------------------------------ the command
 
 GOOD = ("grey.png", "grey.jpg", "inside/grey.png", "blue.jpg", "a b ü.png", "<b>#%41&'.png")
-BROKEN = ("cut.jpg", "text.jpg", "1.heic", "thin.png")
+BROKEN = ("cut.jpg", "text.jpg", "1.heic")
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +233,6 @@ def zoo(tmp_path_factory):
     (folder / "inside").mkdir()
     for seed, name in enumerate(GOOD):
         mini.photo(80, 60, seed).save(folder / name)
-    mini.photo(200, 15).save(folder / "thin.png")
     (folder / "cut.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:700])
     (folder / "text.jpg").write_text("hello")
     (folder / "1.heic").write_text("hello")
@@ -253,9 +248,9 @@ def test_a_folder_of_good_and_bad_pictures(zoo, checkpoint, infer_main, tmp_path
         assert row["model"] == model
         assert bool(row["error"]) == (name in BROKEN)
         assert row["width"] == ("" if name in BROKEN else "80")
-    assert rows["thin.png"]["error"] == "found 200 x 15 pixels, expected at least 16 a side"
+    assert rows["text.jpg"]["error"].startswith("cannot identify image file")
     header = "path,decision,score,area,width,height,seconds,model,error"
-    assert list(rows["thin.png"]) == header.split(",")
+    assert list(rows["text.jpg"]) == header.split(",")
 
     # one picture
     result = infer.localize(infer.load(checkpoint, "cpu"), zoo / "blue.jpg")
@@ -276,7 +271,7 @@ def test_a_folder_of_good_and_bad_pictures(zoo, checkpoint, infer_main, tmp_path
     assert f"{zoo}/blue.jpg  {answer}  -> {tmp_path}/blue_overlay.png\n" in printed
     assert errors.count("error: ") == len(BROKEN)
     for words in (f"error: {zoo}/text.jpg: ",
-                  f"6 of 10 done: {tmp_path}/report.html", infer.CAUTION):
+                  f"6 of 9 done: {tmp_path}/report.html", infer.CAUTION):
         assert words in errors
 
     # report

@@ -203,8 +203,8 @@ def test_the_command_makes_a_set_and_the_same_again(tmp_path):
     assert all(path.read_bytes() == (two / path.relative_to(one)).read_bytes() for path in files)
 
     for path in (one, one / "list.csv"):
-        pictures, report = data.read_set(path)
-        assert report.problems == []
+        pictures, _, problems = data.read_set(path)
+        assert problems == []
         assert sorted(picture.label for picture in pictures) == [0, 0, 0, 1, 1, 1]
         masks = [Image.open(picture.mask) for picture in pictures if picture.label]
         assert all(set(np.unique(mask)) == {0, 255} and mask.size == (64, 64) for mask in masks)

@@ -42,7 +42,7 @@ def words(place, out, **changes):
     """The command line of a run of 2 epochs of 3 steps, into place/out; None leaves a word out."""
     usual = {"data": place / "set", "clip": place / "mini.pt", "out": place / out,
              "lora_rank": 0, "batch": 8, "splices": 4, "epochs": 2, "workers": 0, "val": 0.25,
-             "lr": 2e-3, "device": "cpu", "precision": "fp32"}
+             "lr": 3e-3, "device": "cpu", "precision": "fp32"}
     return [f"--{name.replace('_', '-')}={value}" for name, value in (usual | changes).items()
             if value is not None]
 
@@ -62,7 +62,7 @@ def saved(place, out, name="last.pt"):
 def same(a, b):
     """Are two checkpoints equal, bit for bit, but for folders and times?"""
     if isinstance(a, dict):
-        keys = a.keys() - {"settings", "pictures_per_s", "minutes_left"}
+        keys = a.keys() - {"settings", "minutes"}
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in keys)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
@@ -127,8 +127,8 @@ def test_gradients_reach_our_modules_alone(place, rank):
 
 
 def test_200_genuine_and_3_manipulated_pictures_start_with_any_seed(place, monkeypatch):
-    pictures = [data.Picture(Path(f"{i}.png"), int(i >= 200), size=(64, 64)) for i in range(203)]
-    monkeypatch.setattr(data, "read_set", lambda *_, **__: (pictures, data.Report("folders", [])))
+    pictures = [data.Picture(Path(f"{i}.png"), int(i >= 200), scene=str(i)) for i in range(203)]
+    monkeypatch.setattr(data, "read_set", lambda *_, **__: (pictures, "folders", []))
     for seed in range(30):
         for part in train.read_pictures(settings(place, seed=seed, val=0.15), None):
             assert {p.label for p in part} == {0, 1}
@@ -146,7 +146,7 @@ def test_masks_do_not_matter_and_no_scene_is_in_both_parts(place):
         moved = [p._replace(path=place / "set" / p.path.relative_to(masked)) for p in part]
         assert moved == expected
     assert (len(training), len(held_out)) == (24, 8)
-    assert not {p.source for p in training} & {p.source for p in held_out}
+    assert not {p.scene for p in training} & {p.scene for p in held_out}
 
 
 def test_an_epoch_has_each_picture_once_and_genuine_ones_to_splice(place):
@@ -155,6 +155,8 @@ def test_an_epoch_has_each_picture_once_and_genuine_ones_to_splice(place):
     labelled, spliced = np.split(plan, [8], axis=1)                      # (6, 8), (6, 6)
     assert len(set(labelled.ravel()) & set(range(50))) == 48
     assert not labels[spliced - 50].any()                    # other windows of genuine pictures
+    few = train.plan_epoch(labels[:5], settings(place), epoch=0)
+    assert few.shape == (1, 12) and set(few[0, :8]) == set(range(5))     # they fill a batch
 
 
 def make_batch(labels, splices):
@@ -218,7 +220,7 @@ def test_the_losses_equal_their_formulas(place):
     alone = train.Objective(run.model, 0, np.array([0])).eval()          # a set of genuine photos
     with torch.no_grad():
         total, label_loss, patch_loss, contrast = objective(image, labels, truth)
-        _, no_labels, all_patches, nothing = alone(image, labels, truth)
+        total_alone, no_labels, all_patches, _ = alone(image, labels, truth)
         output = run.model(image)
         logits = output.logits.flatten(1)                                        # (B, N)
         expected = objective.hecl(output.depths, output.edges, logits, labels, truth)
@@ -231,7 +233,8 @@ def test_the_losses_equal_their_formulas(place):
     patches += F.softplus(logits[[0, 3]]).sum()              # every patch of a genuine photo
     assert torch.allclose(all_patches, patches / (61 + 128))
     assert torch.allclose(contrast, expected)
-    assert no_labels == nothing == 0
+    assert no_labels == 0
+    assert total_alone == all_patches                        # HECL has the weight 0
     assert torch.allclose(total, label_loss + patch_loss + 0.5 * contrast)
 
 
@@ -262,7 +265,7 @@ def test_validation_is_inference(place, reference):
     best = train.best_of(state["history"])
     assert found == {key: best[key] for key in found}
     assert f"best.pt is of epoch {best['epoch']}; next: `python infer.py PICTURES" in reference
-    assert "24 pictures to train on, 8 held out (their paths are `held_out` in" in reference
+    assert "24 pictures to train on, 8 held out; 56,530 weights, torch.float32 on cpu" in reference
 
     pictures = [data.Picture(path, i % 2) for i, path in enumerate(paths)]       # any labels
     found = train.validate(model, pictures)
@@ -273,11 +276,11 @@ def test_validation_is_inference(place, reference):
 def test_best_pt_is_of_the_best_epoch_by_held_out_labels(place, tmp_path):
     assert train.auc(np.array([0, 2, 1, 2]), np.array([0, 0, 1, 1])) == 0.625    # a tie counts half
     run = train.Run(settings(place, tmp_path), None)
-    for epoch, auc in enumerate((0.7, 0.8, 0.75)):
+    for epoch, auc in enumerate((0.7, 0.8, 0.79, 0.75)):     # 0.79 is as good as 0.8, and later
         run.model.bias.data.fill_(epoch)
         run.end_epoch({"epoch": epoch, "val_auc": auc})
-    assert saved(place, tmp_path)["model"]["bias"] == 2
-    assert saved(place, tmp_path, "best.pt")["model"]["bias"] == 1
+    assert saved(place, tmp_path)["model"]["bias"] == 3
+    assert saved(place, tmp_path, "best.pt")["model"]["bias"] == 2
 
 
 def test_few_of_the_genuine_lie_above_one_half(tmp_path):
@@ -292,14 +295,9 @@ def test_few_of_the_genuine_lie_above_one_half(tmp_path):
     assert [result.decision for result in results].count("manipulated") in (1, 2)
 
 
-def test_learning_rate_and_optimizer(place):
+def test_learning_rate():
     found = [train.learning_rate(done) for done in (0.01, 0.5, 1)]
     assert found == pytest.approx([0.2, 0.55, 0.1])          # warm-up, cosine, a tenth at the end
-    run = make_run(place)
-    depths, others = (group["params"] for group in run.optimizer.param_groups)
-    assert {id(p) for p in depths} == {id(p) for p in run.model.depths.parameters()}
-    trained = {id(p) for p in run.objective.parameters() if p.requires_grad}
-    assert {id(p) for p in depths + others} == trained
 
 
 class Killed(BaseException):
@@ -346,8 +344,7 @@ def test_ends(place, tmp_path, monkeypatch, capsys, where, call, action, message
     """Each is one line, and keeps the finished epochs."""
     mini.disturb(monkeypatch, where, call, action)
     assert train.main(words(place, tmp_path)) == 2
-    note, line = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: few genuine pictures to calibrate on (4)")
+    [line] = capsys.readouterr().err.splitlines()
     assert re.match(message, line)
     assert not epochs or len(saved(place, tmp_path)["history"]) == epochs
 
@@ -414,7 +411,6 @@ def test_two_processes_agree(place):
     ("--epochs 0", "--epochs 0, expected at least 1"),
     ("--lr nan", "--lr nan, expected at least 0"),
     ("--lora-rank -1", "--lora-rank -1, expected at least 0"),
-    ("--batch 500", "found 24 pictures to train on, .* --batch 500"),
     ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
     ("--clip tiny --lora-rank 2", r"--lora-rank 2, but --clip tiny keeps its own \(0\)"),
     ("--data=", "found no --data"),
@@ -422,7 +418,7 @@ def test_two_processes_agree(place):
     ("--data {0}/set/au --splices 0", "found no manipulated picture to train on"),
     ("--out {0}/mini.pt/run", ".*Not a directory"),
     ("--out {0}/reference", "found a run in .* add --resume, or choose another --out"),
-    ("--out {0}/reference --resume --lr 5e-4", "lr 0.0005, but .* has 0.002"),     # the default
+    ("--out {0}/reference --resume --lr 2e-3", "lr 0.002, but .* has 0.003"),     # the default
     ("--resume", "found no .*wrong/last.pt, expected a checkpoint of train.py")])
 def test_a_wrong_call_is_one_line_before_any_training(place, reference, capsys, wrong, message):
     shutil.copytree(place / "set/tp", place / "only/tp", dirs_exist_ok=True)

@@ -1,0 +1,53 @@
+"""The README's row of pictures: the steps of the method on tests/forged.png.
+
+    python tests/method.py [OUT.png]       default: out/method.png
+"""
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
+
+import data                                                    # noqa: E402 (path first)
+import ecpl                                                    # noqa: E402
+import infer                                                   # noqa: E402
+
+CROP = (100, 0, 356, 256)                                      # left, top, right, bottom
+STEP = 264                                                     # pixels from panel to panel
+
+
+@torch.no_grad()
+def steps_of(model, image):
+    """image (1, 3, H, W) in [0, 1] -> {name of a step: (H, W) or (h, w), values in [0, 1]}."""
+    levels, _, _ = model.read(image)                                           # [(1, N, Dv)]
+    logits = model(image).logits                                               # (1, h, w)
+    _, h, w = logits.shape
+    variation = ecpl.feature_variation(levels[-1], h, w).mean(dim=-1)          # (1, N)
+    map = ecpl.smooth(logits - logits.mean()) - model.map_shift                # (1, h, w)
+    return {"soft edges": ecpl.soft_edges(image)[0, 0],                        # (H, W)
+            "feature variation": variation.view(h, w) / variation.max(),       # (h, w)
+            "map": map[0].sigmoid(),                                           # (h, w)
+            "mask": map[0] > 0}                                                # (h, w)
+
+
+def main(out="out/method.png"):
+    """Print the shape and mean of each step and draw all of them beside the picture."""
+    picture = data.open_image(TESTS / "forged.png").crop(CROP)
+    model = infer.load(device="cpu", precision="fp32")
+    steps = steps_of(model, data.to_tensor(picture)[None])
+
+    row = Image.new("RGB", ((len(steps) + 1) * STEP, STEP), "white")
+    row.paste(picture, (4, 4))
+    for i, (name, x) in enumerate(steps.items(), start=1):
+        print(f"{name:18} {str(tuple(x.shape)):11} mean {x.float().mean():.2f}")
+        panel = Image.fromarray((255 * x).byte().numpy())
+        row.paste(panel.resize(picture.size), (STEP * i + 4, 4))
+    Path(out).parent.mkdir(exist_ok=True)
+    row.save(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
