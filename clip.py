@@ -18,12 +18,10 @@ from collections import OrderedDict
 from pathlib import Path
 
 import ftfy
-import numpy as np
 import regex
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 MODELS = "https://openaipublic.azureedge.net/clip/models"
 OFFICIAL = {                                 # SHA-256 of <name with dashes>.pt
@@ -405,24 +403,11 @@ def load(name_or_path="tiny", device="cpu"):
     return build(read_archive(path), device)
 
 
-@torch.no_grad()
 def lesson(text):
-    """Print the tokens of a text, then which patches of a forged picture look manipulated."""
+    """Print the tokens of a text, one a line, and their ids."""
     tokenizer = Tokenizer(49408 if cached(VOCABULARY).is_file() else 514)      # 514: bytes alone
-    print(" | ".join(f"{piece} {tokenizer.ids[piece]}" for piece in tokenizer.pieces(text)))
-
-    model = load("tiny")
-    tokens = tokenize(["genuine", "manipulated"], vocab_size=514)              # (2, 77)
-    genuine, manipulated = F.normalize(model.encode_text(tokens), dim=-1)      # (D,), (D,)
-    picture = np.array(Image.open(Path(__file__).with_name("tests") / "forged.png"))
-    image = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255             # (1, 3, H, W)
-    pixels = normalize(image)                                                  # (1, 3, H, W)
-    _, features = model.encode_patches(pixels)                                 # (1, N, D)
-    difference = F.normalize(features, dim=-1) @ (manipulated - genuine)       # (1, N)
-    print('cosine with "manipulated" minus that with "genuine", x 100, means of 5 x 5 patches:')
-    difference = difference.view(1, *model.visual.grid(pixels))                # (1, h, w)
-    for row in F.avg_pool2d(difference, 5)[0]:                                 # (h // 5, w // 5)
-        print("   ", " ".join(f"{100 * value:4.0f}" for value in row))
+    for piece in tokenizer.pieces(text):
+        print(f"{tokenizer.ids[piece]:5}  {piece}")
 
 
 if __name__ == "__main__":

@@ -228,10 +228,8 @@ class Objective(nn.Module):
         D = model.clip.visual.proj.shape[1]
         self.hecl = HECL(levels=len(model.config["levels"]), width=D, **HECL_SIZES)
         self.hecl_weight = hecl_weight
-        manipulated = (labels == 1).mean()
-        self.has_manipulated = manipulated > 0
-        balance = (1 - manipulated) / manipulated if self.has_manipulated else 1.0
-        self.register_buffer("balance", torch.tensor(float(balance)))
+        # in a set of genuine photos, image labels have nothing to tell apart
+        self.label_weight = 1.0 if (labels == 1).any() else 0.0
 
     def forward(self, image, labels, truth):
         """image (B, 3, S, S) in [0, 1], labels (B,), truth (B, N) -> (4,): the weighted sum, label
@@ -243,15 +241,13 @@ class Objective(nn.Module):
         is_splice = (truth == 1).any(dim=1)                                    # (B,)
 
         # Whether: image labels against scores. Without this term the score knows splices alone, not
-        # the manipulations of the set. In a set of genuine photos there is nothing to tell apart.
-        label_loss = 0 * score.sum()                                           # ()
-        if self.has_manipulated:
-            label_loss = F.binary_cross_entropy_with_logits(
-                score[~is_splice], labels[~is_splice].float(), pos_weight=self.balance)
+        # the manipulations of the set.
+        label_loss = F.binary_cross_entropy_with_logits(
+            score[~is_splice], labels[~is_splice].float())                     # ()
 
         # Where: the known patches of splices and, in a set of genuine photos, of all. Manipulated
         # ones are few and count four times. Without this term, genuine photos alone give no map.
-        judged = is_splice | (not self.has_manipulated)                        # (B,)
+        judged = is_splice | (self.label_weight == 0)                          # (B,)
         inside = (truth == 1).float()                                          # (B, N)
         known = ((truth >= 0) & judged[:, None]).float()                       # (B, N)
         errors = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
@@ -262,7 +258,7 @@ class Objective(nn.Module):
         depths = [z.float() for z in output.depths]                            # [(B, N, D)]
         contrast = self.hecl(depths, output.edges, logits, labels, truth)      # ()
 
-        total = label_loss + patch_loss + self.hecl_weight * contrast
+        total = self.label_weight * label_loss + patch_loss + self.hecl_weight * contrast
         return torch.stack([total, label_loss, patch_loss, contrast])
 
 

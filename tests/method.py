@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 
-import data                                                    # noqa: E402 (path first)
+import clip                                                    # noqa: E402 (path first)
+import data                                                    # noqa: E402
 import ecpl                                                    # noqa: E402
 import infer                                                   # noqa: E402
 
@@ -22,13 +24,20 @@ STEP = 264                                                     # pixels from pan
 @torch.no_grad()
 def steps_of(model, image):
     """image (1, 3, H, W) in [0, 1] -> {name of a step: (H, W) or (h, w), values in [0, 1]}."""
-    levels, _, _ = model.read(image)                                           # [(1, N, Dv)]
+    levels, dense, _ = model.read(image)                           # [(1, N, Dv)], (1, N, D)
     logits = model(image).logits                                               # (1, h, w)
     _, h, w = logits.shape
     variation = ecpl.feature_variation(levels[-1], h, w).mean(dim=-1)          # (1, N)
     map = ecpl.smooth(logits - logits.mean()) - model.map_shift                # (1, h, w)
+
+    # the map of CLIP alone: its own features, and sentences of one word, "genuine" and "manipulated"
+    words = clip.tokenize(ecpl.CLASSES, vocab_size=len(model.clip.token_embedding.weight))
+    text = F.normalize(model.clip.encode_text(words), dim=-1)                  # (C, D)
+    alone = model.similarity(dense, text[None])                                # (1, N)
+    alone = (alone - alone.mean()) / alone.std()
     return {"soft edges": ecpl.soft_edges(image)[0, 0],                        # (H, W)
             "feature variation": variation.view(h, w) / variation.max(),       # (h, w)
+            "CLIP alone": alone.view(h, w).sigmoid(),                          # (h, w)
             "map": map[0].sigmoid(),                                           # (h, w)
             "mask": map[0] > 0}                                                # (h, w)
 
