@@ -221,8 +221,7 @@ def figure(row):
 
 
 def collect(words, out):
-    """Files and folders -> paths of pictures, each once; our outputs in `out`, a real path, are
-    left out."""
+    """Files and folders -> pictures, each once, without our outputs in `out`, a real path."""
     paths = {}                                                     # {real path: path}
     for word in words:
         for file in data.files_in(word) if os.path.isdir(word) else [Path(word)]:

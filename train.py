@@ -19,8 +19,6 @@ Three lessons about weak labels:
 2. A window inherits the label of its picture but may miss the manipulated region. This costs image
    AUC, and aiming windows at suspicious patches did not win it back (tests/README.md).
 3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
-
-Reading order: settings -> pictures -> model and loss -> validation and checkpoints -> the loop.
 """
 import argparse
 import csv
@@ -114,10 +112,8 @@ def read_settings(arguments):
 # -------------------------------------------------------------------------------------- pictures
 
 def read_pictures(args, held_out):
-    """Pictures to train on, and pictures held out, no scene in both: two lists.
-
-    held_out: the paths that a resumed run holds out, else None.
-    """
+    """Pictures to train on and pictures held out, no scene in both: two lists. held_out: paths
+    that a resumed run holds out, else None."""
     pictures, _, problems = data.read_set(args.data, masks=False)
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
@@ -140,11 +136,9 @@ def read_pictures(args, held_out):
 
 
 def plan_epoch(labels, args, epoch):
-    """The order of an epoch: indices (steps, batch + splices) into the training set.
-
-    Each row ends with genuine pictures, drawn at random, to splice. Their indices start at
-    len(labels), where `data.TrainingSet` draws other windows of the same pictures.
-    """
+    """The order of an epoch: indices (steps, batch + splices) into the training set. Each row ends
+    with genuine pictures, drawn at random, to splice. Their indices start at len(labels), where
+    `data.TrainingSet` draws other windows of the same pictures."""
     rng = np.random.default_rng((args.seed, epoch))
     count = len(labels)
     order = rng.permutation(count)
@@ -288,17 +282,14 @@ def validate(model, pictures):
 
     # Make 0.5 the operating point: 9 % of the pixels of genuine pictures, and 10 % of these
     # pictures, lie above it [ours].
-    map_shift = np.quantile(genuine_pixels, 0.91, method="higher")
-    score_shift = np.quantile(scores[labels == 0], 0.9, method="higher")
-    model.map_shift.fill_(float(map_shift))
-    model.score_shift.fill_(float(score_shift))
+    model.map_shift.fill_(np.quantile(genuine_pixels, 0.91, method="higher"))
+    model.score_shift.fill_(np.quantile(scores[labels == 0], 0.9, method="higher"))
     return {"val_auc": auc(scores, labels)} if labels.any() else {}
 
 
 def best_of(history):
-    """The row of the latest epoch whose val_auc is at most 0.02 below the highest [ours]: on a few
-    hundred pictures smaller differences are chance, and later epochs, whose learning rate has
-    decayed, tend to be better. Without val_auc, the last row."""
+    """The row of the latest epoch whose val_auc is at most 0.02 below the highest [ours]: smaller
+    differences are chance, and late epochs have a low learning rate. Without val_auc, the last."""
     highest = max(row.get("val_auc", 0) for row in history)
     return [row for row in history if row.get("val_auc", 0) >= highest - 0.02][-1]
 
@@ -376,7 +367,6 @@ class Run:
             self.optimizer.load_state_dict(state["optimizer"])
             self.history = state["history"]
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        Path(args.out, "log.csv").touch()                        # can it be written?
 
     def end_epoch(self, row):
         """Append the row; rank 0 writes best.pt (if this epoch is the best), last.pt, log.csv."""
