@@ -55,7 +55,7 @@ class Tokenizer:
 
     def __init__(self, vocab_size):
         self.ranks = {}                          # of the pairs that merge, in the order learned
-        if vocab_size > 514:
+        if vocab_size > 514:                     # 514: 256 bytes, twice, and START and END
             content = fetch(VOCABULARY, VOCABULARY_SHA256).read_bytes()
             lines = gzip.decompress(content).decode().split("\n")[1:vocab_size - 513]
             self.ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
@@ -84,7 +84,7 @@ class Tokenizer:
             symbols[i:i + 2] = [symbols[i] + symbols[i + 1]]
 
     def pieces(self, text):
-        """The symbols of a text, once its encoding errors and HTML entities are repaired."""
+        """Text -> symbols with START and END; encoding errors repaired, HTML entities decoded."""
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
         symbols = [START]
         for word in WORD.findall(text.strip().lower()):
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.lora = None                                 # see add_lora
 
     def forward(self, x):
-        """x (B, L, D) -> (B, L, D)."""
+        """x (B, L, D) -> (B, L, D). In the blocks, D is the width of their tower, Dv or Dt."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)              # (B, L, 3D)
         if self.lora is not None:
             qkv = qkv + self.lora(x)
@@ -301,7 +301,7 @@ class CLIP(nn.Module):
 # --------------------------------------------------------------------------------------- weights
 
 def build(state_dict, device="cpu"):
-    """A CLIP in fp32 and eval mode from OpenAI's keys, sized by their shapes, or ValueError."""
+    """Weights with OpenAI's keys -> CLIP of their sizes, in fp32 and eval mode, or ValueError."""
     # OpenAI's archives also hold three integers, which nothing needs.
     weights = {key: x for key, x in state_dict.items() if x.is_floating_point()}
     blocks = [key for key in weights if key.endswith(".ln_1.weight")]
@@ -328,18 +328,18 @@ def build(state_dict, device="cpu"):
 
 
 def read_archive(path):
-    """The CLIP in a file of `torch.save` or `torch.jit.save` -> {key: tensor}, or ValueError."""
-    # weights_only runs no code of the file, but rejects TorchScript (OpenAI's archives) for its
-    # entry constants.pkl. Renamed, it is ignored; modules load as dictionaries with a __dict__.
+    """The CLIP in a file of torch.save or torch.jit.save -> {key: tensor}, or ValueError."""
+    # weights_only runs no code of the file, but rejects TorchScript (OpenAI's archives) because it
+    # has a constants.pkl. Renamed, that is ignored; modules load as dicts, tensors in __dict__.
     content = Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.off")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
         modules = [(OrderedDict, name) for name in names if name.startswith("__torch__.")]
         with torch.serialization.safe_globals(modules):
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:                           # torch raises any on a damaged file
+    except Exception as error:                           # a damaged file can raise anything
         raise ValueError(f"found no readable weights in {path} ({type(error).__name__}), expected "
-                         "a file of torch.save") from error
+                         "a file written by torch.save") from error
 
     tensors = {}
     seen = set()                                         # a dictionary may contain itself

@@ -96,8 +96,8 @@ def reduced_size(size, max_side):
 
 def view(picture, max_side, cell, least=1):
     """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels,
-    because resampling erases traces. Only a picture longer than max_side is reduced, once.
-    Reflection pads the right and the bottom to multiples of cell, at least `least` pixels."""
+    because resampling erases traces. Only a picture with a side above max_side is reduced, once.
+    Reflection pads right and bottom to multiples of cell, at least `least`, itself a multiple."""
     W, H = reduced_size(picture.size, max_side)
     if (W, H) != picture.size:
         picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
@@ -256,7 +256,7 @@ def read_set(path, masks=True):
     for p in entries:
         if p.path in usable:
             mask = p.mask if p.mask in usable else None
-            parts = re.fullmatch(SCENE, p.path.stem.lower())
+            parts = re.fullmatch(SCENE, p.path.stem.lower(), re.DOTALL)
             scene = p.scene or "".join(parts.groups("")) or str(p.path)
             pictures.append(p._replace(mask=mask, scene=scene))
     if not pictures:

@@ -188,7 +188,7 @@ class SAPL(nn.Module):
     config, a dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context` (tokens
     per class), `rho` (see pool_score), `zoom` (enlarges pictures, as traces are finer than CLIP's
     patches [ours]; a divisor of the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share`
-    (fraction of blocks, the last ones, that get it); others read `max_side`, `window` (pixels).
+    (fraction of blocks, the last ones, that get it); elsewhere: `max_side`, `window` (pixels).
     """
 
     def __init__(self, clip_model, config):
@@ -204,7 +204,7 @@ class SAPL(nn.Module):
         self.depths = Depths(Dv, D, levels)
         self.log_scale = nn.Parameter(torch.tensor(10.0).log())
         self.bias = nn.Parameter(torch.zeros(()))
-        # infer.localize subtracts them, so that decisions fall at 0.5; train.validate sets them
+        # train.validate sets them; infer.localize subtracts them, so that 0.5 becomes the threshold
         self.register_buffer("map_shift", torch.zeros(()))
         self.register_buffer("score_shift", torch.zeros(()))
 

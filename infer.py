@@ -40,11 +40,11 @@ def is_backbone(key):
 
 
 def read_dict(path):
-    """The dict in a file of torch.save; {} if there is none."""
+    """The dict in a file written by torch.save; {} if there is none."""
     try:
         with warnings.catch_warnings(action="ignore"):   # about TorchScript, OpenAI's format
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                    # torch.load raises any on a damaged file
+    except Exception:                                    # a damaged file can raise anything
         return {}
     return state if isinstance(state, dict) else {}
 
@@ -148,8 +148,8 @@ def logits_of(model, picture):
 
 
 def localize(model, source):
-    """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays: uint8 (H, W) or
-    (H, W, 3), uint16 or float32 (H, W), and whatever else Image.fromarray takes."""
+    """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays and tensors: uint8
+    (H, W) or (H, W, 3), uint16 or float32 (H, W); Pillow raises a TypeError for others."""
     if isinstance(source, (str, os.PathLike)):
         picture = data.open_image(source)
     elif isinstance(source, Image.Image):
@@ -172,7 +172,7 @@ REPORT = f"""<!doctype html><meta charset="utf-8"><title>SAPL report</title>
 body{{font:16px sans-serif}}figure{{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}}
 main{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:1em}}
 img{{width:100%;max-height:480px;object-fit:contain}}</style><p><b>{CAUTION}</b> Highest scores
-first. A grey outline marks the most suspicious part of a picture called genuine.</p><main>
+first. In a picture called genuine, grey outlines what the map still marks.</p><main>
 """
 
 

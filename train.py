@@ -5,20 +5,20 @@
     python train.py --out RUN --resume       continues after the last finished epoch
     torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
 
-Writes into --out after each epoch: last.pt (to resume), log.csv and, if it is the best so far,
+Writes into --out after each epoch: last.pt (to resume), log.csv and, if `best_of` picks the epoch,
 best.pt (for infer.py).
 
-An image label says *whether* a picture is manipulated; it trains the score [abstract]. A genuine
-label says more: *every* pixel is genuine. So a part of one genuine picture pasted into another is
-manipulated by construction, and such splices train the map [ours; after CutPaste, Li et al. 2021,
-and Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out, as in the abstract.
+An image label says *whether* a picture is manipulated; it trains the score and so the map
+[abstract]. A genuine label says more: *every* pixel is genuine. So a part of one genuine picture
+pasted into another is manipulated by construction, and such splices train the map directly [ours;
+CutPaste, Li et al. 2021; Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out.
 
 Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference share one view, native
    pixels up to max_side (data.view); a held-out picture gets infer.py's score, uncalibrated.
 2. A window inherits the label of its picture but may miss the manipulated region. This costs image
-   AUC, and aiming windows at suspicious patches did not win it back (tests/README.md).
-3. In many sets, compression reveals the class. So both classes get the same wear (synthesis.wear).
+   AUC, and aiming windows at suspicious patches did not win it back here (tests/README.md).
+3. In many sets, compression reveals the class. Random wear of both classes weakens this cue.
 """
 import argparse
 import csv
@@ -68,10 +68,10 @@ def make_parser():
     add("--clip", default="tiny", help="start: tiny (the shipped SAPL), ViT-B/16 or another "
         "official CLIP, a file of CLIP weights, or a checkpoint of SAPL")
     add("--lora-rank", type=int, help="rank of LoRA, 0: no LoRA (None: depends on --clip)")
-    add("--splices", type=int, default=16, help="self-made splices a step")
+    add("--splices", type=int, default=16, help="self-made splices per step")
     add("--hecl", type=float, default=0.1, help="weight of HECL, 0: off")
     add("--epochs", type=int, default=4, help="passes over the pictures")
-    add("--batch", type=int, default=32, help="labelled pictures a step")
+    add("--batch", type=int, default=32, help="labelled pictures per step")
     add("--lr", type=float, default=2e-3, help="learning rate")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -143,7 +143,7 @@ def plan_epoch(labels, args, epoch):
     count = len(labels)
     order = rng.permutation(count)
     order = np.resize(order, max(count, args.batch))     # fewer than a batch: repeated
-    steps = len(order) // args.batch
+    steps = len(order) // args.batch                     # the last, incomplete batch is left out
     labelled = order[:steps * args.batch].reshape(steps, args.batch)
     spliced = count + rng.choice(np.flatnonzero(labels == 0), (steps, args.splices))
     return np.concatenate([labelled, spliced], axis=1)
@@ -180,7 +180,7 @@ def make_batch(windows, labels, splices, cell, rng):
 def make_model(args):
     """A new SAPL around a CLIP, or the SAPL of a checkpoint (of a resumed run: its last).
 
-    The defaults that depend on the start are all here.
+    The defaults that depend on --clip are all set here.
     """
     torch.manual_seed(args.seed)
     start = clip.TINY if args.clip == "tiny" else args.clip
@@ -248,7 +248,7 @@ class Objective(nn.Module):
         weight = known + 3 * inside                                            # (B, N)
         patch_loss = (weight * errors).sum() / known.sum().clamp(min=1)
 
-        # Contrast: edge patches of a class attract each other across pictures, repel the other's.
+        # Contrast: edge patches of a class attract each other across pictures and repel the others.
         depths = [z.float() for z in output.depths]                            # [(B, N, D)]
         contrast = self.hecl(depths, output.edges, logits, labels, truth)      # ()
 
@@ -265,8 +265,8 @@ def auc(values, labels):
 
 
 def validate(model, pictures):
-    """Judge held-out pictures as infer.py does: calibrate the model on the genuine ones, and return
-    the image AUC; {} if none is manipulated. Each process judges all, so none has to wait."""
+    """Score held-out pictures as infer.py does, uncalibrated, then calibrate on the genuine ones ->
+    {"val_auc": image AUC}, {} if none is manipulated. Each process judges all: none has to wait."""
     model.eval()
     labels = np.array([p.label for p in pictures])                             # (n,)
     scores = np.zeros(len(pictures))                                           # (n,)
@@ -280,8 +280,8 @@ def validate(model, pictures):
             genuine_pixels.append(pixels)
     model.train()
 
-    # Make 0.5 the operating point: 9 % of the pixels of genuine pictures, and 10 % of these
-    # pictures, lie above it [ours].
+    # Make 0.5 the operating point: at most 9 % of the pixels of genuine pictures, and at most 10 %
+    # of these pictures, lie above it [ours].
     model.map_shift.fill_(np.quantile(genuine_pixels, 0.91, method="higher"))
     model.score_shift.fill_(np.quantile(scores[labels == 0], 0.9, method="higher"))
     return {"val_auc": auc(scores, labels)} if labels.any() else {}
@@ -289,7 +289,7 @@ def validate(model, pictures):
 
 def best_of(history):
     """The row of the latest epoch whose val_auc is at most 0.02 below the highest [ours]: smaller
-    differences are chance, and late epochs have a low learning rate. Without val_auc, the last."""
+    differences may be chance; late epochs have a low learning rate. Without val_auc, the last."""
     highest = max(row.get("val_auc", 0) for row in history)
     return [row for row in history if row.get("val_auc", 0) >= highest - 0.02][-1]
 
@@ -369,7 +369,7 @@ class Run:
         Path(args.out).mkdir(parents=True, exist_ok=True)
 
     def end_epoch(self, row):
-        """Append the row; rank 0 writes best.pt (if this epoch is the best), last.pt, log.csv."""
+        """Append the row; rank 0 writes best.pt (if `best_of` picks it), last.pt and log.csv."""
         self.history.append(row)
         if self.rank > 0:
             return
@@ -396,7 +396,7 @@ def train_epoch(run, objective, epoch):
     loader = DataLoader(run.train_set, batch_sampler=plan.tolist(), num_workers=args.workers)
 
     rng = np.random.default_rng((args.seed, epoch, run.rank))
-    torch.manual_seed(int(rng.integers(2 ** 31)))        # of noise and colours
+    torch.manual_seed(int(rng.integers(2 ** 31)))        # for the noise and colours of synthesis
     total = torch.zeros(4, device=run.device)
     for step, (windows, labels) in enumerate(loader):
         done = (epoch * len(plan) + step + 1) / (args.epochs * len(plan))
