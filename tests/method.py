@@ -34,7 +34,7 @@ def steps_of(model, image):
     words = clip.tokenize(ecpl.CLASSES, vocab_size=len(model.clip.token_embedding.weight))
     text = F.normalize(model.clip.encode_text(words), dim=-1)                  # (C, D)
     alone = model.similarity(dense, text[None])                                # (1, N)
-    alone = (alone - alone.mean()) / alone.std()
+    alone = (alone - alone.mean()) / alone.std()                   # for display only
     return {"soft edges": ecpl.soft_edges(image)[0, 0],                        # (H, W)
             "feature variation": variation.view(h, w) / variation.max(),       # (h, w)
             "CLIP alone": alone.view(h, w).sigmoid(),                          # (h, w)

@@ -1,4 +1,4 @@
-"""Pretrain the CLIP of the shipped model to read editing histories. Run by hand; resumable.
+"""Pretrain a CLIP like the shipped model's to read editing histories. Run by hand; resumable.
 
     python weights/make.py --photos SET [SET ..] --teacher deit_tiny_patch16_224-a1311bcf.pth
 

@@ -508,7 +508,7 @@ def write(pairs, out):
 
 
 def genuine_pictures(path):
-    """The pictures of a folder or list but those labelled manipulated, with label 0; ValueError if
+    """The pictures of a folder or list except those labelled manipulated, with label 0; ValueError if
     there are none."""
     pictures, _, _ = data.read_set(path, masks=False)
     genuine = [picture._replace(label=0) for picture in pictures if picture.label != 1]
