@@ -409,10 +409,11 @@ def random_kinds(n, rng):
 
 @torch.no_grad()
 def splice(photo, donor, rng, kind=None):
-    """Manipulate photos (n, 3, S, S) -> Splices; pasted parts come from donors of the same shape.
+    """Manipulate photos (n, 3, S, S) -> Splices. Donors, of the same shape, serve splices; all other
+    kinds take their parts from the photo itself.
 
-    kind: a key of KINDS for all; None draws one for each. No pixel outside of `region` changes,
-    which covers 1-50 % of a picture where `seen`.
+    kind: a key of KINDS for all; None draws one for each. No pixel outside of `region` changes;
+    where `seen`, it covers 1-50 % of the picture.
     """
     n = len(photo)
     kinds = random_kinds(n, rng)
@@ -426,7 +427,7 @@ def splice(photo, donor, rng, kind=None):
 
 @torch.no_grad()
 def paste(photo, donor, kinds, rng, words):
-    """`splice` with given kinds, (n,), and unedited donors; words: n lists to continue."""
+    """`splice` with given kinds, (n,), and donors as they are; words: n lists to continue."""
     n = len(photo)
     S = photo.shape[-1]
     stamps = random_stamps(n, S, rng)
