@@ -148,8 +148,8 @@ def logits_of(model, picture):
 
 
 def localize(model, source):
-    """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays and tensors: uint8
-    (H, W) or (H, W, 3), uint16 or float32 (H, W); Pillow raises a TypeError for others."""
+    """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays and CPU tensors: what
+    Pillow takes, such as uint8 (H, W) or (H, W, 3), float32 (H, W); else it raises a TypeError."""
     if isinstance(source, (str, os.PathLike)):
         picture = data.open_image(source)
     elif isinstance(source, Image.Image):

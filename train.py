@@ -3,7 +3,7 @@
     python train.py --data FOLDER            au/ and tp/ inside, or a list of pictures and labels
     python train.py --data PHOTOS            genuine photos alone: only self-made splices
     python train.py --out RUN --resume       continues after the last finished epoch
-    torchrun --nproc_per_node=4 train.py ..  the same training on several GPUs
+    torchrun --nproc_per_node=4 train.py ..  shares each step among several GPUs
 
 Writes into --out after each epoch: last.pt (to resume), log.csv and, if `best_of` picks the epoch,
 best.pt (for infer.py).
@@ -17,7 +17,7 @@ Three lessons about weak labels:
 1. One view. Resampling erases traces, so training, validation and inference share one view, native
    pixels up to max_side (data.view); a held-out picture gets infer.py's score, uncalibrated.
 2. A window inherits the label of its picture but may miss the manipulated region. This costs image
-   AUC, and aiming windows at suspicious patches did not win it back here (tests/README.md).
+   AUC; aiming windows won it back on stored features, not in whole trainings (tests/README.md).
 3. In many sets, compression reveals the class. Random wear of both classes weakens this cue.
 """
 import argparse
@@ -169,7 +169,7 @@ def make_batch(windows, labels, splices, cell, rng):
         seen = made.seen & (inside > 0.5).any(dim=1)                           # (splices,)
         images[-splices:] = torch.where(seen[:, None, None, None], made.image, photo)
         labels[-splices:] = seen
-        # left out: patches on the border, of which 5 to 50 % is manipulated
+        # unknown: patches on the border, of which 5 to 50 % is manipulated
         known = torch.where(inside > 0.5, 1, torch.where(inside < 0.05, 0, -1))
         truth[-splices:] = known * seen[:, None]                               # (splices, N)
     return synthesis.wear(images, rng) / 255, labels, truth
@@ -183,7 +183,7 @@ def make_model(args):
     The defaults that depend on --clip are all set here.
     """
     torch.manual_seed(args.seed)
-    start = clip.TINY if args.clip == "tiny" else args.clip
+    start = clip.TINY if args.clip == "tiny" else Path(args.clip).expanduser()
     if args.resume:
         start = Path(args.out, "last.pt")
     if "format" in infer.read_dict(start):

@@ -30,7 +30,7 @@ def steps_of(model, image):
     variation = ecpl.feature_variation(levels[-1], h, w).mean(dim=-1)          # (1, N)
     map = ecpl.smooth(logits - logits.mean()) - model.map_shift                # (1, h, w)
 
-    # the map of CLIP alone: its own features, and sentences of one word, "genuine" and "manipulated"
+    # the map of CLIP alone: its own features, and sentences of one word, "genuine", "manipulated"
     words = clip.tokenize(ecpl.CLASSES, vocab_size=len(model.clip.token_embedding.weight))
     text = F.normalize(model.clip.encode_text(words), dim=-1)                  # (C, D)
     alone = model.similarity(dense, text[None])                                # (1, N)
