@@ -300,7 +300,7 @@ class CLIP(nn.Module):
 
 # --------------------------------------------------------------------------------------- weights
 
-def build(state_dict, device="cpu"):
+def build(state_dict):
     """Weights with OpenAI's keys -> CLIP of their sizes, in fp32 and eval mode, or ValueError."""
     # OpenAI's archives also hold three integers, which nothing needs.
     weights = {key: x for key, x in state_dict.items() if x.is_floating_point()}
@@ -320,7 +320,7 @@ def build(state_dict, device="cpu"):
                 context_length=len(weights["positional_embedding"]), vocab_size=vocab_size,
                 transformer_width=text_width, transformer_layers=len(blocks) - vision_layers,
                 stem=stem[:-1])                          # the last has vision_width
-        model.to_empty(device=device).load_state_dict(weights)
+        model.to_empty(device="cpu").load_state_dict(weights)
     except (LookupError, ValueError, RuntimeError) as error:
         raise ValueError(f"found weights that do not fit ({error!r:.200}), expected those of a "
                          "CLIP with a Vision Transformer, not a ResNet") from error
@@ -390,7 +390,7 @@ def fetch(url, sha256):
     return target
 
 
-def load(name_or_path="tiny", device="cpu"):
+def load(name_or_path="tiny"):
     """A CLIP in fp32 and eval mode: "tiny" (shipped), a key of OFFICIAL (downloaded once), or a
     file. Raises ValueError or OSError."""
     name = str(name_or_path)
@@ -400,7 +400,7 @@ def load(name_or_path="tiny", device="cpu"):
         path = fetch(f"{MODELS}/{OFFICIAL[name]}/{file}", OFFICIAL[name])
     elif not path.is_file():
         raise ValueError(f"found no CLIP {name!r}, expected tiny, {', '.join(OFFICIAL)}, or a file")
-    return build(read_archive(path), device)
+    return build(read_archive(path))
 
 
 def lesson(text):

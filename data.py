@@ -175,7 +175,7 @@ def read_folder(root):
     names = {file: "/" + file.relative_to(root).with_suffix("").as_posix().lower()
              for file in files_in(root)}
 
-    # masks lie in mask folders, or are named like another picture plus _gt or _mask
+    # masks lie in mask folders or end in _gt or _mask, if any picture has a twin with that ending
     stems = {Path(name).name for name in names.values()}
     ends = tuple(end for end in ("_gt", "_mask") if any(stem + end in stems for stem in stems))
     masks = {file for file, name in names.items() if re.search(MASKS, name) or name.endswith(ends)}

@@ -188,7 +188,7 @@ class SAPL(nn.Module):
     config, a dict: `clip` (a name), `levels` (blocks of the image tower, from 1), `context` (tokens
     per class), `rho` (see pool_score), `zoom` (enlarges pictures, as traces are finer than CLIP's
     patches [ours]; a divisor of the patch size), `lora_rank` (LoRA [digest]; 0: none), `lora_share`
-    (fraction of blocks, the last ones, that get it); elsewhere: `max_side`, `window` (pixels).
+    (fraction of blocks, the last ones, that get it); used elsewhere: `max_side`, `window` (pixels).
     """
 
     def __init__(self, clip_model, config):
@@ -224,7 +224,7 @@ class SAPL(nn.Module):
         features = F.normalize(features.float(), dim=-1)
         difference = text[:, 1:] - text[:, :1]                                 # (B or 1, 1, D)
         cosines = (features * difference).sum(dim=-1)                          # (B, N)
-        scale = self.log_scale.clamp(0, math.log(100)).exp()                     # CLIP: at most 100
+        scale = self.log_scale.clamp(0, math.log(100)).exp()                   # CLIP: at most 100
         return scale * cosines + self.bias
 
     def read(self, image):

@@ -22,13 +22,14 @@ STEP = 264                                                     # pixels from pan
 
 
 @torch.no_grad()
-def steps_of(model, image):
-    """image (1, 3, H, W) in [0, 1] -> {name of a step: (H, W) or (h, w), values in [0, 1]}."""
+def steps_of(model, picture):
+    """PIL RGB -> {name of a step: (H, W) or (h, w), values in [0, 1]}."""
+    image = data.view(picture, model.config["max_side"], model.cell)[None]     # (1, 3, H, W)
+    h = image.shape[2] // model.cell
+    w = image.shape[3] // model.cell
     levels, dense, _ = model.read(image)                           # [(1, N, Dv)], (1, N, D)
-    logits = model(image).logits                                               # (1, h, w)
-    _, h, w = logits.shape
     variation = ecpl.feature_variation(levels[-1], h, w).mean(dim=-1)          # (1, N)
-    map = ecpl.smooth(logits - logits.mean()) - model.map_shift                # (1, h, w)
+    result = infer.localize(model, picture)
 
     # the map of CLIP alone: its own features, and sentences of one word, "genuine", "manipulated"
     words = clip.tokenize(ecpl.CLASSES, vocab_size=len(model.clip.token_embedding.weight))
@@ -38,15 +39,15 @@ def steps_of(model, image):
     return {"soft edges": ecpl.soft_edges(image)[0, 0],                        # (H, W)
             "feature variation": variation.view(h, w) / variation.max(),       # (h, w)
             "CLIP alone": alone.view(h, w).sigmoid(),                          # (h, w)
-            "map": map[0].sigmoid(),                                           # (h, w)
-            "mask": map[0] > 0}                                                # (h, w)
+            "map": torch.from_numpy(result.map),                               # (H, W)
+            "mask": torch.from_numpy(result.mask)}                             # (H, W)
 
 
 def main(out="out/method.png"):
     """Print the shape and mean of each step and draw all of them beside the picture."""
     picture = data.open_image(TESTS / "forged.png").crop(CROP)
     model = infer.load(device="cpu", precision="fp32")
-    steps = steps_of(model, data.to_tensor(picture)[None])
+    steps = steps_of(model, picture)
 
     row = Image.new("RGB", ((len(steps) + 1) * STEP, STEP), "white")
     row.paste(picture, (4, 4))

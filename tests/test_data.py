@@ -254,7 +254,7 @@ def test_problems_are_named_and_an_unreadable_mask_leaves_its_picture_in_use(tmp
     cut.write_bytes(cut.read_bytes()[:-900])
     for name in ("tp/bad.heic", "mask/2.png"):
         (tmp_path / name).write_text("no picture")
-    pictures, found, problems = data.read_set(tmp_path)
+    pictures, _, problems = data.read_set(tmp_path)
     assert kinds_of(problems) == ["bad file", "bad file", "bad mask", *["no mask"] * 4]
     said = "\n".join(problems)
     assert re.search(f"bad file: {cut}: .*truncated", said)
@@ -280,7 +280,8 @@ def test_scenes_are_recognized_by_the_names_of_the_field(tmp_path):
     pictures, _, _ = data.read_set(save_all(
         tmp_path, "au/Au_ani_00001.jpg; tp/Tp_D_CRN_S_N_art00014_ani00001_11818.jpg; au/7.jpg; "
                   "tp/7t.jpg; au/031_O.png; tp/031_F.png; tp/x.jpg; tp/a\nb.jpg"))
-    assert Counter(p.scene for p in pictures) == {"ani00001": 2, "7": 2, "031": 2, "x": 1, "a\nb": 1}
+    scenes = Counter(p.scene for p in pictures)
+    assert scenes == {"ani00001": 2, "7": 2, "031": 2, "x": 1, "a\nb": 1}
     imd2020 = save_all(tmp_path / "imd2020", "1a/1a_orig.jpg; 1a/c8t.jpg; 1a/c8t_mask.png")
     assert [p.scene for p in data.read_set(imd2020)[0]] == ["1a", "1a"]
 

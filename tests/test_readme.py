@@ -85,13 +85,14 @@ def test_every_command_runs(tmp_path):
         assert plot.size == (960, 260)
 
 
-@pytest.mark.parametrize("name", ["clip", "hecl", "data", "tests/method"])
-def test_every_lesson_runs(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, lines", [
+    ("clip", 27), ("hecl", 9), ("data", 3), ("tests/method", 5)])
+def test_every_lesson_runs(name, lines, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-    assert len(capsys.readouterr().out.splitlines()) >= 3
+    assert len(capsys.readouterr().out.splitlines()) == lines
     assert os.listdir(tmp_path) == (["out"] if name == "tests/method" else [])
 
 

@@ -87,7 +87,7 @@ def test_defaults_of_a_start_from_a_clip(place, monkeypatch, patch, stem, zoom, 
     assert train.make_model(settings(place, lora_rank=3)).config["lora_rank"] == 3
 
 
-def test_a_sapl_keeps_its_weights_and_its_lora(place):
+def test_a_sapl_keeps_its_weights_and_its_lora(place, monkeypatch):
     tuned = place / "tuned.pt"
     model = mini.mini_sapl(lora_rank=2)
     model.map_shift.fill_(1)
@@ -95,7 +95,8 @@ def test_a_sapl_keeps_its_weights_and_its_lora(place):
         if ".lora." in name:
             torch.nn.init.normal_(parameter)                 # as after a training
     train.save_checkpoint(tuned, model)
-    start = train.make_model(settings(place, clip=tuned, lora_rank=None))
+    monkeypatch.setenv("HOME", str(place))
+    start = train.make_model(settings(place, clip="~/tuned.pt", lora_rank=None))
     image = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(start(image).logits, model(image).logits)
@@ -294,9 +295,13 @@ def test_few_of_the_genuine_lie_above_one_half(tmp_path):
     assert [result.decision for result in results].count("manipulated") in (1, 2)
 
 
-def test_learning_rate():
+def test_learning_rate_and_optimizer(place):
     found = [train.learning_rate(done) for done in (0.01, 0.5, 1)]
     assert found == pytest.approx([0.2, 0.55, 0.1])          # warm-up, cosine, a tenth at the end
+    run = make_run(place)
+    [group] = run.optimizer.param_groups
+    trained = {id(p) for p in run.objective.parameters() if p.requires_grad}
+    assert {id(p) for p in group["params"]} == trained
 
 
 class Killed(BaseException):

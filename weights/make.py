@@ -4,7 +4,8 @@
 
 1. Distillation (only with --teacher): fresh weights learn to predict the teacher's tokens after
    each of its first blocks. The teacher sees pictures at double size, so its 16-pixel patches
-   match our 8-pixel ones. It is DeiT-Tiny (Touvron et al. 2021; Apache-2.0, github.com/facebookresearch/deit), from
+   match our 8-pixel ones. It is DeiT-Tiny (Touvron et al. 2021; Apache-2.0,
+   github.com/facebookresearch/deit), from
    https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth
 2. Regions: synthesis.py manipulates genuine photos. Each patch is compared with captions that tell
    the editing history of every part ("manipulated, splice, quality 60, blurred"); a map separates

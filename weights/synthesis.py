@@ -409,7 +409,7 @@ def random_kinds(n, rng):
 
 @torch.no_grad()
 def splice(photo, donor, rng, kind=None):
-    """Manipulate photos (n, 3, S, S) -> Splices. Donors, of the same shape, serve splices; all other
+    """Manipulate photos (n, 3, S, S) -> Splices. Donors, of the same shape, serve splices; other
     kinds take their parts from the photo itself.
 
     kind: a key of KINDS for all; None draws one for each. No pixel outside of `region` changes;
@@ -509,8 +509,8 @@ def write(pairs, out):
 
 
 def genuine_pictures(path):
-    """The pictures of a folder or list except those labelled manipulated, with label 0; ValueError if
-    there are none."""
+    """The pictures of a folder or list except those labelled manipulated, with label 0; ValueError
+    if there are none."""
     pictures, _, _ = data.read_set(path, masks=False)
     genuine = [picture._replace(label=0) for picture in pictures if picture.label != 1]
     if not genuine:
