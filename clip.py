@@ -330,7 +330,7 @@ def build(state_dict):
 def read_archive(path):
     """The CLIP in a file of torch.save or torch.jit.save -> {key: tensor}, or ValueError."""
     # weights_only runs no code of the file, but rejects TorchScript (OpenAI's archives) because it
-    # has a constants.pkl. Renamed, that is ignored; modules load as dicts, tensors in __dict__.
+    # has a constants.pkl. Renamed, it is ignored; modules load as dicts with tensors in __dict__.
     content = Path(path).read_bytes().replace(b"/constants.pkl", b"/constants.off")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))

@@ -136,8 +136,7 @@ class ECPL(nn.Module):
 
 class Depths(nn.Module):
     """What each level adds to the features of the map [ours]: z_l = W_l gelu(U_l LayerNorm(F_l)).
-    Traces (noise, blur, seams) fade with depth, so shallow levels contribute. W starts small. The
-    hidden layer did better than none in one run (tests/README.md)."""
+    Traces (noise, blur, seams) fade with depth, so shallow levels contribute. W starts small."""
 
     def __init__(self, Dv, D, levels):
         super().__init__()

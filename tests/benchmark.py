@@ -100,7 +100,7 @@ def bench_train():
 
 
 def bench_infer():
-    """A photograph of a megapixel in bf16 and fp32."""
+    """A one-megapixel photograph in bf16 and fp32."""
     photo = SCENE.resize((1184, 846))
     models = {name: infer.load(None, DEVICE, name) for name in ("bf16", "fp32")}
     best = turns({name: lambda m=model: infer.localize(m, photo) for name, model in models.items()})

@@ -140,7 +140,7 @@ def rank_auc(values, labels):
 
 
 def f1_curve(map, truth):
-    """F1 of a picture over thresholds -> (the best of all in [0, 1), (99,) at those of GRID)."""
+    """F1 of a picture -> (its best over all thresholds in [0, 1), (99,) at those of GRID)."""
     order = np.argsort(map, axis=None)[::-1]
     values = map.ravel()[order].astype(np.float64)                                # (n,) falling
     hits = np.cumsum(truth.ravel()[order])                                        # (n,)
@@ -482,7 +482,7 @@ def run(sets, model, args):
         print_table(name, summary)
         white = summary["baselines"]["all_ones"]["pixel_precision"]
         if white and white > 0.5:
-            print(f"note: {name}: masks inverted? {white:.0%} of them is white", file=sys.stderr)
+            print(f"note: {name}: masks inverted? {white:.0%} of their pixels are white", file=sys.stderr)
         if args.robustness:
             grid += robustness(name, model, pictures, summary)
         if args.out:                                     # after each set: an interruption keeps it

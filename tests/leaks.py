@@ -20,8 +20,8 @@ import data                                                     # noqa: E402 (pa
 
 
 def accuracy_from(values, labels):
-    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance [ours]. Each label
-    is guessed from the pictures of the same value in another random half, ten times."""
+    """Balanced accuracy of guessing n labels (0, 1) from n values; 0.5 is chance [ours]. Ten times,
+    each label is guessed from pictures of the same value in the other half of a random split."""
     right = {0: [], 1: []}
     for seed in range(10):
         half = np.random.default_rng(seed).permutation(len(labels)) % 2

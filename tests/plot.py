@@ -1,9 +1,10 @@
-"""Plot the logs of trainings: the losses and val_auc after each epoch, one line a run.
+"""Plot the logs of training runs: the losses and val_auc after each epoch, one line a run.
 
     python tests/plot.py runs/a/log.csv runs/b/log.csv --out runs/plot.png
 """
 import argparse
 import csv
+import itertools
 import sys
 
 from PIL import Image, ImageDraw, ImageFont
@@ -52,7 +53,7 @@ def draw_panel(name, logs):
         draw.text((x, y + 24), str(epoch), "black", font, anchor="mm")
     draw.text((WIDTH / 2, HEIGHT - MARGIN / 4), "epoch", "black", font, anchor="mm")
 
-    for log, colour in zip(logs, COLOURS):
+    for log, colour in zip(logs, itertools.cycle(COLOURS)):
         points = [place(epoch, value) for epoch, value in zip(log["epoch"], log[name])]
         draw.line(points, colour, 4)
         for x, y in points:
@@ -63,19 +64,20 @@ def draw_panel(name, logs):
 def main(arguments=None):
     """The command line; returns the exit status: 0 done, 2 wrong call."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="log.csv of train.py, up to 6")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log.csv of train.py")
     parser.add_argument("--out", default="runs/plot.png")
     args = parser.parse_args(arguments)
     try:
-        logs = [read_log(file) for file in args.logs[:len(COLOURS)]]
-        # a training on genuine photos alone has no val_auc
+        logs = [read_log(file) for file in args.logs]
+        # a run on genuine photos alone has no val_auc
         panels = [name for name in PANELS if all(name in log for log in logs)]
         sheet = Image.new("RGB", (len(panels) * WIDTH, HEIGHT))
         for i, name in enumerate(panels):
             sheet.paste(draw_panel(name, logs), (i * WIDTH, 0))
         sheet.reduce(SHRINK).save(args.out)
     except (OSError, LookupError, ValueError) as error:
-        print(f"error: {error!r}; expected log.csv files of train.py", file=sys.stderr)
+        print(f"error: {error}; expected log.csv files of train.py, and a file for --out",
+              file=sys.stderr)
         return 2
     print(args.out)
     return 0

@@ -241,7 +241,7 @@ def test_wrapped_state_dicts(tmp_path, weights):
             parallel,
             {"epoch": 3, "state_dict": parallel},
             {"model": weights, "optimizer": {"state": {0: {"step": 1}}}},
-            {"format": 5, "clip": weights, "model": {"bias": torch.zeros(0)}}):    # SAPL
+            {"format": 6, "clip": weights, "model": {"bias": torch.zeros(0)}}):    # SAPL
         torch.save(content, tmp_path / "w.pt")
         read = clip.read_archive(tmp_path / "w.pt")
         assert read.keys() == weights.keys()

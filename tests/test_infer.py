@@ -82,12 +82,12 @@ def test_files_that_are_no_checkpoint_are_refused_in_one_line(tmp_path, checkpoi
     (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:5000])
     (tmp_path / "folder.pt").mkdir()
     torch.save(state["clip"], tmp_path / "weights.pt")
-    torch.save(state | {"format": 4}, tmp_path / "older.pt")
+    torch.save(state | {"format": 5}, tmp_path / "older.pt")
     with zipfile.ZipFile(tmp_path / "openai.pt", "w") as archive:
         for name in ("data.pkl", "constants.pkl", "version"):                  # a TorchScript
             archive.writestr(f"openai/{name}", pickle.dumps([]))
 
-    message = r"^found .*, expected a checkpoint of train.py \(format 5\)$"
+    message = r"^found .*, expected a checkpoint of train.py \(format 6\)$"
     for name in ("missing", "folder", "cut", "weights", "openai", "older"):
         path = tmp_path / f"{name}.pt"
         with pytest.raises(data.BadInput, match=message) as caught:
@@ -154,7 +154,8 @@ def test_the_map_is_what_the_network_says_of_the_view(size):
     view = data.view(picture, 128, 16)
     grid = infer.patch_logits(model, view)[None]                               # (1, h, w)
     score = ecpl.pool_score(grid.flatten(1), model.config["rho"]) - model.score_shift  # (1,)
-    grid = ecpl.smooth(grid - grid.mean())                                     # (1, h, w)
+    grid = ecpl.smooth(grid)                                                   # (1, h, w)
+    grid = 3 * (grid - np.quantile(grid, 0.2)) / (np.std(grid.numpy()) + 0.5)
     map = F.interpolate(grid[None], view.shape[1:], mode="bilinear")           # (1, 1, H', W')
     width, height = data.reduced_size(size, 128)
     map = F.interpolate(map[..., :height, :width], size[::-1], mode="bilinear")    # (1, 1, H, W)

@@ -1,4 +1,4 @@
-"""The plot of a training's log."""
+"""The plot of a run's log."""
 from PIL import Image
 
 import plot
