@@ -253,7 +253,7 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. Arguments as in OpenAI's code, and `stem`: the channels of our Stem."""
+    """Both towers. Arguments as in OpenAI's code, less the heads, plus the channels of our Stem."""
 
     def __init__(self, *, embed_dim, image_resolution, vision_layers, vision_width,
                  vision_patch_size, context_length, vocab_size, transformer_width,

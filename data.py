@@ -97,7 +97,7 @@ def reduced_size(size, max_side):
 def view(picture, max_side, cell, least=1):
     """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels,
     because resampling erases traces. Only a picture with a side above max_side is reduced, once.
-    Reflection pads right and bottom to multiples of cell, at least `least`, itself a multiple."""
+    Reflection pads right and bottom to multiples of cell, and to `least` (also one)."""
     W, H = reduced_size(picture.size, max_side)
     if (W, H) != picture.size:
         picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)

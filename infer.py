@@ -140,8 +140,8 @@ def logits_of(model, picture):
         raise BadInput("found NaN or infinity in the map, expected numbers: try --precision fp32")
     score = ecpl.pool_score(grid.flatten()[None], model.config["rho"])[0]          # ()
 
-    # Relative to the picture [ours]: its lowest fifth counts as genuine, and where the map varies
-    # more, it takes more to stand out. The 3 sets the map's contrast only.
+    # Relative to the picture [ours]: its 20 % quantile becomes zero, and where the map varies more,
+    # it takes more to stand out. The factor 3 only sets the contrast.
     grid = ecpl.smooth(grid[None])                                 # (1, h, w)
     grid = 3 * (grid - grid.quantile(0.2)) / (grid.std(correction=0) + 0.5)
     map = F.interpolate(grid[None], view.shape[1:], mode="bilinear")               # (1, 1, H', W')

@@ -47,7 +47,7 @@ from weights import synthesis
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
-WINDOW = 256              # pixels of the view: side of training windows, longest side in infer.py
+WINDOW = 256              # pixels of the view: side of training windows, at most that in infer.py
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
 LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
@@ -278,8 +278,8 @@ def validate(model, pictures):
             genuine_pixels.append(pixels)
     model.train()
 
-    # Make 0.5 the operating point: at most 7.5 % of the pixels of genuine pictures, and at most 10 %
-    # of these pictures, lie above it [ours].
+    # Make 0.5 the operating point: at most 7.5 % of the pixels of genuine pictures, and at most
+    # 10 % of these pictures, lie above it [ours].
     model.map_shift.fill_(np.quantile(genuine_pixels, 0.925, method="higher"))
     model.score_shift.fill_(np.quantile(scores[labels == 0], 0.9, method="higher"))
     return {"val_auc": auc(scores, labels)} if labels.any() else {}
@@ -341,7 +341,7 @@ class Run:
         self.device, self.rank, self.world = connect(args.device)
         if args.batch % self.world or args.splices % self.world or args.splices == self.world:
             raise BadInput(f"found --batch {args.batch} and --splices {args.splices}, expected "
-                           f"multiples of {self.world} (processes), not one splice each")
+                           f"multiples of {self.world} (processes), two splices each or none")
         # model
         model = make_model(args).to(self.device)
         model.dtype = infer.pick_dtype(args.precision, self.device)

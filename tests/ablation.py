@@ -149,9 +149,10 @@ def main():
     add("--seeds", nargs="+", default=["0", "1", "2"])
     add("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
     args = parser.parse_args()
-    file = clip.TINY if args.clip == "tiny" else args.clip
+    file = clip.TINY if args.clip == "tiny" else Path(args.clip).expanduser()
     try:
-        folder = Path(args.out, clip.sha256_of(file)[:12])       # of this tower
+        tower = clip.OFFICIAL.get(args.clip) or clip.sha256_of(file)
+        folder = Path(args.out, tower[:12])
         base = train.Run(args, None).model
         pictures, _, _ = data.read_set(args.test)
     except (ValueError, OSError) as error:

@@ -482,7 +482,8 @@ def run(sets, model, args):
         print_table(name, summary)
         white = summary["baselines"]["all_ones"]["pixel_precision"]
         if white and white > 0.5:
-            print(f"note: {name}: masks inverted? {white:.0%} of their pixels are white", file=sys.stderr)
+            print(f"note: {name}: masks inverted? {white:.0%} of their pixels are white",
+                  file=sys.stderr)
         if args.robustness:
             grid += robustness(name, model, pictures, summary)
         if args.out:                                     # after each set: an interruption keeps it
@@ -508,7 +509,8 @@ def main(arguments=None):
     attacks = parser.add_mutually_exclusive_group()
     attacks.add_argument("--attack", help="jpeg:QUALITY, blur:KERNEL, noise:VARIANCE, size:PERCENT")
     attacks.add_argument("--robustness", action="store_true", help=f"also {', '.join(ATTACKS)}")
-    parser.add_argument("--limit", type=int, metavar="N", help="N pictures of each set, spread")
+    parser.add_argument("--limit", type=int, metavar="N",
+                        help="N pictures of each set, evenly spread")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--precision", default="auto", help="auto, bf16, fp32")
     args = parser.parse_args(arguments)

@@ -415,7 +415,7 @@ def test_two_processes_agree(place):
     ("--epochs 0", "--epochs 0, expected at least 1"),
     ("--lr nan", "--lr nan, expected at least 0"),
     ("--lora-rank -1", "--lora-rank -1, expected at least 0"),
-    ("--splices 1", "--splices 1, expected .* not one splice each"),
+    ("--splices 1", "--splices 1, expected .* two splices each or none"),
     ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
     ("--clip tiny --lora-rank 2", r"--lora-rank 2, but --clip tiny keeps its own \(0\)"),
     ("--data=", "found no --data"),

@@ -2,7 +2,7 @@
 
     python weights/ship.py --checkpoint runs/NAME/best.pt --photos GENUINE_PHOTOS
 
-It is calibrated so that 0.5 is the threshold, on genuine photos not trained on (train.validate).
+train.validate calibrates it, so that 0.5 is the threshold, on genuine photos kept out of training.
 """
 import argparse
 import sys
