@@ -262,9 +262,8 @@ def read_set(path, masks=True):
     if not pictures:
         raise BadInput(f"found no usable picture in {root} ({[*problems, 'empty'][0]}), "
                        "expected .jpg, .png, .tif, ..: check the path and the files")
-    for label, name in enumerate(("genuine", "manipulated")):
-        if label not in {picture.label for picture in pictures}:
-            problems.append(f"no picture is labelled {name}")
+    if layout == "no labels":
+        problems.append("no labels: in training, every picture counts as genuine")
     return pictures, layout, problems
 
 
@@ -352,4 +351,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")         # file names that are not UTF-8
     sys.exit(main()) if sys.argv[1:] else demo()

@@ -47,8 +47,7 @@ def of_all_processes(x):
 
 
 class DualQueue(nn.Module):
-    """The latest suspicious patches of each class, as unit features, first in, first out [digest];
-    after MoCo [ours]."""
+    """The latest suspicious patches of each class, unit features; first in, first out [digest]."""
 
     def __init__(self, length, dim):
         super().__init__()

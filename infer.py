@@ -52,8 +52,9 @@ def read_dict(path):
 def load_checkpoint(path):
     """The dict that train.save_checkpoint wrote, on the CPU; raises BadInput."""
     state = read_dict(path)
-    if state.get("format") != FORMAT:
-        found = f"{path} (format {state.get('format')})" if Path(path).is_file() else f"no {path}"
+    version = state.get("format", "unknown")
+    if version != FORMAT:
+        found = f"{path} (format {version})" if Path(path).is_file() else f"no {path}"
         raise BadInput(f"found {found}, expected a checkpoint of train.py (format {FORMAT})")
     return state
 

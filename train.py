@@ -87,6 +87,8 @@ def read_settings(arguments):
     if args.resume:
         # words of the command line replace stored settings; defaults do not
         state = infer.load_checkpoint(last)
+        if "settings" not in state:
+            raise BadInput(f"found a best.pt in {last}, expected last.pt: use it as --clip instead")
         stored = state["settings"] | {"out": args.out}
         args = make_parser().parse_args(arguments, argparse.Namespace(**stored))
         for name, value in stored.items():
@@ -121,6 +123,8 @@ def read_pictures(args, held_out):
         train, val = data.split(pictures, args.val, args.seed)
     else:
         val = [p for p in pictures if str(p.path) in held_out]
+        if len(val) < len(held_out):
+            print(f"note: {len(held_out) - len(val)} held-out pictures are gone", file=sys.stderr)
         scenes = {p.scene for p in val}
         train = [p for p in pictures if p.scene not in scenes]
 
@@ -134,9 +138,8 @@ def read_pictures(args, held_out):
 
 
 def plan_epoch(labels, args, epoch):
-    """The order of an epoch: indices (steps, batch + splices) into the training set. Each row ends
-    with genuine pictures, drawn at random, to splice. Their indices start at len(labels), where
-    `data.TrainingSet` draws other windows of the same pictures."""
+    """The order of an epoch: indices (steps, batch + splices) into `data.TrainingSet`. Each row
+    ends with genuine pictures to splice; indices from len(labels) on select other windows."""
     rng = np.random.default_rng((args.seed, epoch))
     count = len(labels)
     order = rng.permutation(count)
@@ -293,9 +296,8 @@ def best_of(history):
 
 
 def save_checkpoint(path, model, **state):
-    """Write SAPL and `state` (tensors and plain types) to a temporary file, then rename it, so that
-    an interruption leaves the previous file intact. An official CLIP is stored by name alone.
-    Raises OSError."""
+    """Write SAPL and `state` (tensors, plain types), then rename the file: an interruption leaves
+    the previous one intact. An official CLIP is stored by name alone. Raises OSError."""
     weights = {key: x.cpu() for key, x in model.state_dict().items()}
     own = {key: x for key, x in weights.items() if not infer.is_backbone(key)}
     backbone = {key.removeprefix("clip."): x for key, x in weights.items() if key not in own}
@@ -311,12 +313,10 @@ def save_checkpoint(path, model, **state):
 # -------------------------------------------------------------------------------------- the loop
 
 def learning_rate(done):
-    """Learning-rate multiplier after a fraction `done` of training. A run prolonged by --resume
-    --epochs follows the longer schedule, so its rate rises again."""
-    # 1) linear warm-up
+    """Learning-rate multiplier after a fraction `done` of training: linear warm-up, cosine decay to
+    a tenth. A run prolonged by --resume --epochs follows the longer schedule: its rate rises."""
     if done < 0.05:
         return done / 0.05
-    # 2) cosine decay to a tenth
     return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * done))
 
 

@@ -20,6 +20,8 @@ def read_log(file):
     with open(file, newline="") as text:
         rows = list(csv.DictReader(text))
     names = [name for name in ("epoch", *PANELS) if name in rows[0]]
+    if len(names) < 2:
+        raise LookupError(f"found none of {', '.join(PANELS)} in {file}")
     return {name: [float(row[name]) for row in rows] for name in names}
 
 

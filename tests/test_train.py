@@ -378,6 +378,7 @@ def test_a_resumed_run_holds_out_the_same_pictures_of_a_changed_folder(place, ca
     assert train.main(["--out", str(place / "changed"), "--resume", "--epochs", "2"]) == 0
     said = capsys.readouterr()
     assert f"note: bad file: {damaged}" in said.err
+    assert "note: 2 held-out pictures are gone" in said.err
     assert said.out.startswith("33 pictures to train on, 6 held out")
     state = saved(place, "changed")
     assert state["held_out"] == held_out
@@ -424,9 +425,12 @@ def test_two_processes_agree(place):
     ("--out {0}/mini.pt/run", ".*Not a directory"),
     ("--out {0}/reference", "found a run in .* add --resume, or choose another --out"),
     ("--out {0}/reference --resume --lr 2e-3", "lr 0.002, but .* has 0.003"),     # the default
+    ("--out {0}/best --resume", "found a best.pt in .*last.pt, expected last.pt"),
     ("--resume", "found no .*wrong/last.pt, expected a checkpoint of train.py")])
 def test_a_wrong_call_is_one_line_before_any_training(place, reference, capsys, wrong, message):
     shutil.copytree(place / "set/tp", place / "only/tp", dirs_exist_ok=True)
+    (place / "best").mkdir(exist_ok=True)
+    shutil.copy(place / "reference/best.pt", place / "best/last.pt")
     assert train.main([*words(place, "wrong"), *wrong.format(place).split()]) == 2
     said = capsys.readouterr()
     error, = [line for line in said.err.splitlines() if not line.startswith("note: ")]
