@@ -509,10 +509,10 @@ def write(pairs, out):
 
 
 def genuine_pictures(path):
-    """The pictures of a folder or list except those labelled manipulated, with label 0; ValueError
-    if there are none."""
+    """The pictures of a folder or list not labelled manipulated, with label 0, or ValueError."""
     pictures, _, problems = data.read_set(path, masks=False)
-    print(*[f"note: {problem}\n" for problem in problems], sep="", end="", file=sys.stderr)
+    bad = [f"note: {line}\n" for line in problems if line.startswith("bad ")]
+    print(*bad, sep="", end="", file=sys.stderr)
     genuine = [picture._replace(label=0) for picture in pictures if picture.label != 1]
     if not genuine:
         raise ValueError(f"found only manipulated pictures in {path}, expected genuine ones: name "
