@@ -97,7 +97,7 @@ def reduced_size(size, max_side):
 def view(picture, max_side, cell, least=1):
     """PIL RGB -> what the network sees, (3, H', W') float32 in [0, 1] [ours]: native pixels,
     because resampling erases traces. Only a picture with a side above max_side is reduced, once.
-    Reflection pads right and bottom to multiples of cell, and to `least` (also one)."""
+    Reflection pads right and bottom to multiples of cell, at least `least` (itself a multiple)."""
     W, H = reduced_size(picture.size, max_side)
     if (W, H) != picture.size:
         picture = picture.resize((W, H), Image.Resampling.BICUBIC, reducing_gap=3)
@@ -333,7 +333,7 @@ def demo():
 
 
 def main(arguments=None):
-    """The command line; returns the exit status: 0 fine, 1 something is wrong, 2 wrong call."""
+    """The command line; returns the exit status: 0 fine, 1 notes or faults, 2 wrong call."""
     parser = argparse.ArgumentParser(description="What a set holds and what is wrong with it.")
     parser.add_argument("path", help="folder or list of labelled pictures")
     path = parser.parse_args(arguments).path

@@ -141,8 +141,8 @@ def logits_of(model, picture):
         raise BadInput("found NaN or infinity in the map, expected numbers: try --precision fp32")
     score = ecpl.pool_score(grid.flatten()[None], model.config["rho"])[0]          # ()
 
-    # Relative to the picture [ours]: its 20 % quantile becomes zero, and where the map varies more,
-    # it takes more to stand out. The factor 3 only sets the contrast.
+    # Relative to the picture [ours]: its 20 % quantile becomes zero, and the more its map varies,
+    # the more it takes to stand out. The factor 3 only sets the contrast.
     grid = ecpl.smooth(grid[None])                                 # (1, h, w)
     grid = 3 * (grid - grid.quantile(0.2)) / (grid.std(correction=0) + 0.5)
     map = F.interpolate(grid[None], view.shape[1:], mode="bilinear")               # (1, 1, H', W')
@@ -225,7 +225,7 @@ def figure(row):
 
 
 def collect(words, out):
-    """Files and folders -> pictures, each once, without our outputs in `out`, a real path."""
+    """Files and folders -> pictures, each once, without our outputs in `out` (its real path)."""
     paths = {}                                                     # {real path: path}
     for word in words:
         for file in data.files_in(word) if os.path.isdir(word) else [Path(word)]:

@@ -12,7 +12,7 @@ An image label says *whether* a picture is manipulated; it trains the score and 
 pasted into another is manipulated by construction, and such splices train the map directly [ours;
 CutPaste, Li et al. 2021; Cut, Paste and Learn, Dwibedi et al. 2017]. --splices 0 leaves them out.
 
-Three lessons about weak labels:
+Three lessons:
 1. One view. Resampling erases traces, so training, validation and inference share `data.view`.
 2. A window inherits the label of its picture but may miss the manipulated region. This costs image
    AUC; aiming windows won it back on stored features, not in full runs (tests/README.md).
@@ -47,7 +47,7 @@ from weights import synthesis
 
 # Every number is ours.
 SIZES = {"context": 8, "rho": 0.05, "max_side": 512, "lora_share": 0.25}         # of ecpl.SAPL
-WINDOW = 256              # pixels of the view: side of training windows, at most that in infer.py
+WINDOW = 256              # pixels of the view: side of a training window; infer.py's are no larger
 HECL_SIZES = {"dim": 64, "queue": 1024, "tau": 0.1, "share": 0.4, "top": 4}
 FREE = ("out", "resume", "epochs", "device", "workers")     # may change on --resume
 LEAST = {"batch": 2, "splices": 0, "epochs": 1, "lora_rank": 0, "lr": 0, "hecl": 0, "workers": 0,
@@ -341,7 +341,7 @@ class Run:
         self.device, self.rank, self.world = connect(args.device)
         if args.batch % self.world or args.splices % self.world or args.splices == self.world:
             raise BadInput(f"found --batch {args.batch} and --splices {args.splices}, expected "
-                           f"multiples of {self.world} (processes), two splices each or none")
+                           f"multiples of {self.world} (processes), no or several splices each")
         # model
         model = make_model(args).to(self.device)
         model.dtype = infer.pick_dtype(args.precision, self.device)
@@ -441,7 +441,7 @@ def train(run):
         row["minutes"] = (time.time() - began) / 60
         run.end_epoch(row)
     if run.rank == 0:
-        print(f"finished: best.pt is of epoch {best_of(run.history)['epoch']}; next: "
+        print(f"finished: best.pt is from epoch {best_of(run.history)['epoch']}; next: "
               f"`python infer.py PICTURES --checkpoint {args.out}/best.pt`", flush=True)
     if run.world > 1:
         dist.destroy_process_group()

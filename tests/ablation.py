@@ -4,8 +4,8 @@
 
 Each run is a training run of train.py with its defaults, but with new heads: no variant has a head
 start. All runs see the same images in the same order, so the tower reads each image only once; its
-features stay in --out, 1.5 MB a window. Seeds differ in the heads' first weights. The last epoch is
-measured, not the best. Finished runs stay in runs.csv; other settings need another --out.
+features stay in --out, 1.5 MB a window. Seeds differ in the heads' initial weights. The last epoch
+is measured, not the best. Finished runs stay in runs.csv; other settings need another --out.
 """
 import csv
 import hashlib

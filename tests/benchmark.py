@@ -26,8 +26,8 @@ from weights import synthesis                                   # noqa: E402
 
 DEVICE = infer.pick_device("auto")
 SIDE = 256                                 # of windows, pixels
-LABELLED = 8                               # windows a step, and further ones
-SPLICED = 4                                # that are spliced
+LABELLED = 8                               # labelled windows per step
+SPLICED = 4                                # further windows per step, spliced
 SCENE = Image.open(Path(__file__).with_name("forged.png")).convert("RGB")
 
 

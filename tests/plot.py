@@ -1,4 +1,4 @@
-"""Plot the logs of training runs: the losses and val_auc after each epoch, one line a run.
+"""Plot logs of training runs: label_loss, patch_loss and val_auc by epoch, one line a run.
 
     python tests/plot.py runs/a/log.csv runs/b/log.csv --out runs/plot.png
 """

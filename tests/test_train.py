@@ -264,7 +264,7 @@ def test_validation_is_inference(place, reference):
     found = train.validate(model, [data.Picture(path, int("tp" in path.parts)) for path in paths])
     best = train.best_of(state["history"])
     assert found == {key: best[key] for key in found}
-    assert f"best.pt is of epoch {best['epoch']}; next: `python infer.py PICTURES" in reference
+    assert f"best.pt is from epoch {best['epoch']}; next: `python infer.py PICTURES" in reference
     assert "24 pictures to train on, 8 held out; 56,530 weights, torch.float32 on cpu" in reference
 
     pictures = [data.Picture(path, i % 2) for i, path in enumerate(paths)]       # any labels
@@ -416,7 +416,7 @@ def test_two_processes_agree(place):
     ("--epochs 0", "--epochs 0, expected at least 1"),
     ("--lr nan", "--lr nan, expected at least 0"),
     ("--lora-rank -1", "--lora-rank -1, expected at least 0"),
-    ("--splices 1", "--splices 1, expected .* two splices each or none"),
+    ("--splices 1", "--splices 1, expected .* no or several splices each"),
     ("--clip nothing", "found no CLIP 'nothing', expected tiny, ViT-B/32"),
     ("--clip tiny --lora-rank 2", r"--lora-rank 2, but --clip tiny keeps its own \(0\)"),
     ("--data=", "found no --data"),

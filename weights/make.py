@@ -10,7 +10,7 @@
 2. Regions: synthesis.py manipulates genuine photos. Each patch is compared with captions that tell
    the editing history of every part ("manipulated, splice, quality 60, blurred"); a map separates
    "manipulated" from "genuine"; patches of one source attract each other and repel all others. In
-   half of the batches the captions do not tell which part is pasted, and there is no map.
+   half of the batches captions do not tell which part is pasted, and map and score have no loss.
 
 No human label or mask is used; hold out photos for tests yourself. All of it is ours; related:
 CLIM (regions of mosaics against their texts), Editprint (editing chains and their descriptions),
