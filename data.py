@@ -215,8 +215,8 @@ def read_list(file):
         else:
             rows = list(csv.DictReader(text.splitlines()))
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise BadInput(f"found {file}, which cannot be read ({error}), expected a folder, CSV or "
-                       "JSON of IMDL-BenCo: check the path") from error
+        raise BadInput(f"found {file}, which cannot be read ({error}), expected a folder, CSV "
+                       "list or IMDL-BenCo's JSON: check the path") from error
 
     pictures = {}                                            # {real path: Picture}
     for number, row in enumerate(rows, start=1):

@@ -11,7 +11,7 @@ arXiv summaries), nothing more. So each statement about the method names its sou
 Why prompts? CLIP compares pictures with sentences, but a forgery shows what any picture may show,
 and we know no words for its traces. CoOp (Zhou et al. 2022) learns the words, CoCoOp (2022) shifts
 them with each picture, and ECPL takes that shift from edge-enhanced features, because manipulated
-regions show at their edges. To get a map, each patch is compared with the sentences, as in MaskCLIP
+regions show at their edges. To get a map, each patch is compared with the sentences, after MaskCLIP
 (Zhou et al. 2022). In the ablation (tests/README.md) the shift gains some F1, only with splices.
 
 `python tests/method.py` draws the steps for a picture.

@@ -153,7 +153,7 @@ def logits_of(model, picture):
 
 def localize(model, source):
     """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays and CPU tensors: what
-    Pillow takes, such as uint8 (H, W) or (H, W, 3), float32 (H, W); else they raise its errors."""
+    Pillow takes, such as uint8 (H, W) or (H, W, 3), float32 (H, W); others raise Pillow's error."""
     if isinstance(source, (str, os.PathLike)):
         picture = data.open_image(source)
     elif isinstance(source, Image.Image):

@@ -2,8 +2,8 @@
 
     python tests/benchmark.py [train] [infer] [data]         all of them by default
 
-Other programs disturb absolute numbers, so trust the ratios: what is compared runs in turns, and
-the best of several runs counts; on a CPU with one thread, in processor time.
+Other programs disturb absolute numbers, so trust the ratios: what is compared takes turns, in one
+thread, and the best of several runs counts; on a CPU, in processor time.
 """
 import argparse
 import sys
@@ -91,7 +91,7 @@ def bench_train():
             model(pixels / 255)
 
     best = turns({"bf16": lambda: step(torch.bfloat16), "fp32": lambda: step(torch.float32),
-                  "of it splices and wear": batch, "a forward pass alone": forward})
+                  "its splices and wear": batch, "a forward pass alone": forward})
     step_time = best.pop("bf16")
     row(f"training step, {len(pixels)} windows of {SIDE} px",
         f"{len(pixels) / step_time:.1f} pictures/s", best.pop("fp32") / step_time, "fp32")

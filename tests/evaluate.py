@@ -229,8 +229,8 @@ def resize(map, size):
 def pixel_scores(map, truth, threshold=None):
     """The metrics of one picture: map (H, W) in [0, 1], truth (H, W) bool -> dict.
 
-    Without a manipulated pixel an F1 is undefined: then counts, fp_area and 200 quantiles of the
-    map alone. threshold: of pixel_f1_at_7, see `genuine_threshold`.
+    Without a manipulated pixel an F1 says nothing: then only counts, fp_area and 200 quantiles of
+    the map. threshold: of pixel_f1_at_7, see `genuine_threshold`.
     """
     scores = rates(map > THRESHOLD, truth)
     if not truth.any():
