@@ -255,8 +255,8 @@ def genuine_threshold(scores):
 
 
 def read_truth(picture, size):
-    """A labelled Picture and its (H, W) -> (mask (H, W) bool, or None without a usable one; what
-    its row says of it, {} if all is well)."""
+    """A labelled Picture and its (H, W) -> (mask (H, W) bool, or None without a usable one;
+    remarks for its row, {} if all is well)."""
     if picture.label == 0:
         return np.zeros(size, bool), {}                                           # (H, W)
     if not picture.mask:
@@ -273,8 +273,8 @@ def read_truth(picture, size):
 def measure(model, picture, attack, thresholds):
     """A labelled Picture -> (its row, {"model" or baseline: pixel_scores}).
 
-    Without a mask to compare with there are no pixel_scores; without a score in the row the picture
-    could not be read. thresholds: {"model" or baseline: `genuine_threshold`}.
+    Without a mask to compare with there are no pixel_scores; a picture without an answer has no
+    score in its row. thresholds: {"model" or baseline: `genuine_threshold`}.
     """
     row = {"path": str(picture.path), "label": picture.label}
     try:
@@ -351,7 +351,7 @@ def summarize(rows, scores, unlabelled):
 def evaluate(model, pictures, attack=None):
     """Metrics of an ecpl.SAPL and of the baselines on [data.Picture] -> (summary, rows).
 
-    summary: what metrics.json holds for a set; `excluded` says what could not count, {reason: n}.
+    summary: what metrics.json holds for a set; `excluded` counts what was left out, {reason: n}.
     rows: one dict per labelled picture with keys of COLUMNS, genuine pictures first; `error` if a
     file could not be read. attack: see `apply_attack`. data.BadInput if there is nothing to do.
     """

@@ -37,7 +37,7 @@ def accuracy_from(values, labels):
 
 
 def leaks(pictures):
-    """How well cues in the files' headers tell the class -> {cue: `accuracy_from`}."""
+    """How well cues of the files, without pixels, reveal the class -> {cue: `accuracy_from`}."""
     cues = defaultdict(list)
     for picture in pictures:
         with Image.open(picture.path) as image:
@@ -72,7 +72,7 @@ def contact_sheet(pictures, path, cell=128):
 
 
 def run(name, preview):
-    """Print how much each cue tells; draw the preview, if any -> number of leaks."""
+    """Print how much each cue reveals; draw the preview, if any -> number of leaks."""
     pictures, _, _ = data.read_set(name)
     if preview:
         contact_sheet(pictures, preview)
@@ -87,7 +87,7 @@ def run(name, preview):
         if accuracy > 0.5 + max(0.1, len(pictures) ** -0.5):
             verdict = ": leak"
             found += 1
-        print(f"{cue:16} tells the class with balanced accuracy {accuracy:.2f} (chance 0.50)"
+        print(f"{cue:16} reveals the class with balanced accuracy {accuracy:.2f} (chance 0.50)"
               f"{verdict}")
     return found
 

@@ -1,4 +1,4 @@
-"""Trivial cues that tell the class are found, and only those."""
+"""Trivial cues that reveal the class are found, and only those."""
 import re
 
 import numpy as np
@@ -34,8 +34,8 @@ def test_accuracy_of_guessing_labels():
 def test_leaks_are_found_and_absent(sets, capsys):
     assert leaks.main([str(sets / "leaky")]) == 1
     said = capsys.readouterr().out
-    assert re.search("JPEG tables +tells the class with balanced accuracy 1.00 .*: leak\n", said)
-    assert re.search("size +tells the class with balanced accuracy 0.50 [^:]*\n", said)
+    assert re.search("JPEG tables +reveals the class with balanced accuracy 1.00 .*: leak\n", said)
+    assert re.search("size +reveals the class with balanced accuracy 0.50 [^:]*\n", said)
     assert leaks.main([str(sets / "fair")]) == 0
     assert "leak" not in capsys.readouterr().out
 

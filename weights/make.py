@@ -140,13 +140,13 @@ class DeiT(nn.Module):
 
 
 def load_teacher(path):
-    """The DeiT of the published file, frozen; ValueError of one line for any other file."""
+    """The DeiT of the published file, frozen; ValueError for a file without a DeiT."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"found no weights in {path}, expected the file of DeiT-Tiny: download it "
                          "from the address in --help") from error
-    weights = weights.get("model", weights)
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
     if "blocks.0.attn.qkv.weight" not in weights:
         raise ValueError(f"found other weights in {path}, expected those of DeiT-Tiny: download "
                          "them from the address in --help")
