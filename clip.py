@@ -386,7 +386,7 @@ def fetch(url, sha256):
         part.replace(target)                             # never half a file under this name
     except (OSError, http.client.HTTPException) as error:
         raise OSError(f"could not download {url} ({error}): put the weights and {VOCABULARY} into "
-                      f"{target.parent}, or use --clip tiny, which needs neither") from error
+                      f"{target.parent} (train.py --clip tiny needs neither)") from error
     return target
 
 
