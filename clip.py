@@ -145,10 +145,10 @@ class Stem(nn.Sequential):
 
     def forward(self, pixels):
         """pixels (B, 3, H, W) -> (B, Dv, h, w), halved by each convolution."""
-        # A 1-2-1 blur by pooling, which autocast leaves in fp32: bf16 would lose the noise.
-        blurred = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                # (B, 3, H+2, W+2)
-        blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H+1, W+1)
-        blurred = F.avg_pool2d(blurred, 2, stride=1)                           # (B, 3, H, W)
+        # A blur (1, 2, 1) by sums, which autocast leaves in fp32: bf16 would lose the noise.
+        x = F.pad(pixels, (1, 1, 1, 1), mode="replicate")                      # (B, 3, H+2, W+2)
+        x = (x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]) / 4               # (B, 3, H, W+2)
+        blurred = (x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]) / 4            # (B, 3, H, W)
         residual = (8 * (pixels - blurred)).tanh()       # amplifies noise, saturates edges
         return super().forward(residual)                                       # (B, Dv, h, w)
 

@@ -32,11 +32,11 @@ CLASSES = ("genuine", "manipulated")
 
 def sobel(x):
     """Gradient magnitude per channel, Sobel's kernels / 8: x (B, K, H, W) -> the same shape."""
-    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")                          # (B, K, H+2, W+2)
-    # (1, 2, 1) x (-1, 0, 1): two means along one axis, a mean and a difference along the other
-    means = F.avg_pool2d(padded, 2, stride=1)                                  # (B, K, H+1, W+1)
-    gx = F.avg_pool2d(means, (2, 1), stride=1).diff(dim=3)                     # (B, K, H, W)
-    gy = F.avg_pool2d(means, (1, 2), stride=1).diff(dim=2)                     # (B, K, H, W)
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")                               # (B, K, H+2, W+2)
+    rows = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]                      # (B, K, H, W+2)
+    gx = (rows[..., 2:] - rows[..., :-2]) / 8                                  # (B, K, H, W)
+    columns = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]                      # (B, K, H+2, W)
+    gy = (columns[:, :, 2:] - columns[:, :, :-2]) / 8                          # (B, K, H, W)
     return torch.hypot(gx, gy)
 
 
@@ -63,8 +63,7 @@ def pool_edges(edge, h, w):
 
 def feature_variation(features, h, w):
     """How much features change between patches [abstract], by Sobel [ours]: (B, N, Dv) -> same."""
-    grid = features.transpose(1, 2)                                            # (B, Dv, N)
-    grid = grid.unflatten(2, (h, w))                                           # (B, Dv, h, w)
+    grid = features.transpose(1, 2).unflatten(2, (h, w))                       # (B, Dv, h, w)
     return sobel(grid).flatten(2).transpose(1, 2)                              # (B, N, Dv)
 
 
@@ -107,8 +106,7 @@ class ECPL(nn.Module):
     def prompts(self, enhanced):
         """[(B, N, Dv)] -> context tokens of both classes (B, C * M, Dt)."""
         G = sum(project(x) for project, x in zip(self.projections, enhanced))  # (B, N, Dt)
-        V = self.context.flatten(0, 1)                                         # (C * M, Dt)
-        V = V.expand(len(G), -1, -1)                                           # (B, C * M, Dt)
+        V = self.context.flatten(0, 1).expand(len(G), -1, -1)                  # (B, C * M, Dt)
         Q = self.norm_query(V)
         read, _ = self.attention(Q, G, G, need_weights=False)                  # (B, C * M, Dt)
         return V + self.spread * read            # CoCoOp's shift, from edge-enhanced features

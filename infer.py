@@ -106,30 +106,35 @@ class Result(NamedTuple):
     area: float           # fraction of the picture in the mask, in [0, 1]
 
 
-def tiles(length, size):
-    """(start, end) of the fewest windows that cover `length`: at most `size` long, nearly equal."""
-    parts = np.array_split(range(length), math.ceil(length / size))
-    return [(part[0], part[-1] + 1) for part in parts]
+def tiles(length, size, shifted):
+    """(start, end) of windows that cover `length`: the fewest of at most `size`, nearly equal; or
+    shifted by half a window, with half a window at either end. A single window stays as it is."""
+    count = math.ceil(length / size)
+    edges = np.linspace(0, length, count + 1).astype(int)          # (count + 1,)
+    if shifted and count > 1:
+        edges = [0, *(edges[:-1] + edges[1:]) // 2, length]
+    return list(zip(edges[:-1], edges[1:]))
 
 
 @torch.inference_mode()
 def patch_logits(model, image):
-    """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean over each window and its
-    mirror image [ours]. A tower trained on small pictures attends poorly across large ones, so
-    windows have at most config["window"] pixels a side (0: no limit)."""
+    """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean of two looks [ours]. A tower
+    trained on small pictures attends poorly across large ones, so it sees windows of at most
+    config["window"] pixels a side (0: no limit). At their borders it lacks context; the second
+    look, at the mirror image, has its borders elsewhere."""
     p = model.cell
     _, H, W = image.shape
     size = model.config["window"] // p or max(H, W)
-    grid = torch.zeros(H // p, W // p)                             # (h, w)
-    for top, bottom in tiles(H // p, size):
-        for left, right in tiles(W // p, size):
-            window = image[:, p * top:p * bottom, p * left:p * right]
-            window = window.to(model.bias.device)
-            with model.autocast():
-                logits = model(window[None]).logits[0].float()     # (rows, columns)
-                mirrored = model(window.flip(2)[None]).logits[0].float()
-            grid[top:bottom, left:right] = (logits + mirrored.flip(1)) / 2
-    return grid
+    image = image.to(model.bias.device)
+    looks = torch.zeros(2, H // p, W // p)                         # (2, h, w)
+    for look, source, shifted in zip(looks, (image, image.flip(2)), (False, True)):
+        for top, bottom in tiles(H // p, size, shifted):
+            for left, right in tiles(W // p, size, shifted):
+                window = source[:, p * top:p * bottom, p * left:p * right]
+                with model.autocast():
+                    logits = model(window[None]).logits[0]         # (rows, columns)
+                look[top:bottom, left:right] = logits
+    return (looks[0] + looks[1].flip(1)) / 2
 
 
 def logits_of(model, picture):

@@ -181,26 +181,38 @@ def test_any_size_is_answered():
         infer.localize(model, mini.photo(64, 64))
 
 
-def test_each_window_is_judged_twice_the_second_time_mirrored():
-    model = make_model(window=64)
-    image = torch.rand(3, 64, 112)                           # windows of 4 and of 3 patches
-    windows = (image[None, ..., :64], image[None, ..., 64:])
+def test_the_second_look_is_mirrored_and_shifts_its_windows():
+    model = make_model(window=64)                            # of 4 patches
+    image = torch.rand(3, 64, 112)                           # 4 rows, 7 columns of patches
     with torch.inference_mode():
-        straight = [model(window).logits[0] for window in windows]             # [(4, columns)]
-        mirrored = [model(window.flip(3)).logits[0].flip(1) for window in windows]
-    once = torch.cat(straight, dim=1)                                          # (4, 7)
-    twice = (once + torch.cat(mirrored, dim=1)) / 2                            # (4, 7)
-    assert torch.allclose(infer.patch_logits(model, image), twice, atol=1e-5)
+        first = [model(window).logits[0] for window in image[None].split([48, 64], dim=3)]
+        mirrored = image[None].flip(3)
+        second = [model(window).logits[0] for window in mirrored.split([16, 64, 32], dim=3)]
+    looks = torch.cat(first, dim=1), torch.cat(second, dim=1).flip(1)          # (4, 7) each
+    assert torch.allclose(infer.patch_logits(model, image), sum(looks) / 2, atol=1e-5)
 
 
-def test_tiles_are_few_equal_and_leave_no_gap():
+def test_tiles_are_few_and_nearly_equal_and_leave_no_gap():
     for length in range(1, 200):
         for size in (1, 3, 8, 32):
-            starts, ends = zip(*infer.tiles(length, size))
+            starts, ends = zip(*infer.tiles(length, size, shifted=False))
             sides = np.subtract(ends, starts)
             assert (0, *ends) == (*starts, length)
             assert len(sides) == math.ceil(length / size)
             assert max(sides) - min(sides) <= 1
+
+
+def test_shifted_tiles_meet_inside_the_others():
+    assert infer.tiles(64, 32, shifted=True) == [(0, 16), (16, 48), (48, 64)]
+    for length in range(1, 200):
+        for size in (3, 8, 32):
+            plain = infer.tiles(length, size, shifted=False)
+            starts, ends = zip(*infer.tiles(length, size, shifted=True))
+            assert (0, *ends) == (*starts, length)
+            assert len(starts) == (1 if len(plain) == 1 else len(plain) + 1)
+            assert max(np.subtract(ends, starts)) <= size
+            assert min(np.subtract(ends, starts)) >= 1
+            assert set(starts) & {start for start, _ in plain} == {0}
 
 
 def test_the_overlay_accuses_only_a_picture_called_manipulated():
