@@ -160,4 +160,4 @@ def test_quoted_results_are_the_model_cards():
         assert pixel_auc == card_auc
         assert pixel_f1.split()[0] == card_f1.split()[0]
         assert image_auc == card_image_auc
-        assert marked == f"{100 * float(card_marked):.0f} %"
+        assert marked == f"{100 * float(card_marked):.1f} %"
