@@ -37,7 +37,7 @@ def sobel(x):
     gx = (rows[..., 2:] - rows[..., :-2]) / 8                                  # (B, K, H, W)
     columns = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]                      # (B, K, H+2, W)
     gy = (columns[:, :, 2:] - columns[:, :, :-2]) / 8                          # (B, K, H, W)
-    return torch.hypot(gx, gy)
+    return torch.hypot(gx, gy)               # its gradient is NaN at 0: nothing trains through it
 
 
 def soft_edges(image):

@@ -112,15 +112,15 @@ def tiles(length, size, shifted):
     count = math.ceil(length / size)
     edges = np.linspace(0, length, count + 1).astype(int)          # (count + 1,)
     if shifted and count > 1:
-        edges = [0, *(edges[:-1] + edges[1:]) // 2, length]
+        edges = sorted({0, *(edges[:-1] + edges[1:]) // 2, length})
     return list(zip(edges[:-1], edges[1:]))
 
 
 @torch.inference_mode()
 def patch_logits(model, image):
-    """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean of two looks [ours]. A tower
-    trained on small pictures attends poorly across large ones, so it sees windows of at most
-    config["window"] pixels a side (0: no limit). At their borders it lacks context; the second
+    """image (3, H', W') in [0, 1] -> logits (h, w) on the CPU: the mean of two looks [ours]. The
+    tower, trained on small pictures, attends poorly across large ones, so it sees windows of at
+    most config["window"] pixels a side (0: no limit). At their borders it lacks context; the second
     look, at the mirror image, has its borders elsewhere."""
     p = model.cell
     _, H, W = image.shape
@@ -158,7 +158,7 @@ def logits_of(model, picture):
 
 def localize(model, source):
     """A path, PIL image, array or tensor -> Result; raises BadInput. Arrays and CPU tensors: what
-    Pillow takes, such as uint8 (H, W) or (H, W, 3), float32 (H, W); others raise Pillow's error."""
+    Pillow takes, such as uint8 (H, W) or (H, W, 3), float32 (H, W); others raise another error."""
     if isinstance(source, (str, os.PathLike)):
         picture = data.open_image(source)
     elif isinstance(source, Image.Image):

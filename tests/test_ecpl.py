@@ -50,7 +50,7 @@ def features(B):
 
 def test_sobel_equals_two_convolutions():
     torch.manual_seed(0)
-    x = torch.rand(4, 1, 5, 6)
+    x = torch.randn(4, 1, 5, 6)
     padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
     smoothing = torch.tensor([1.0, 2.0, 1.0])
     difference = torch.tensor([1.0, 0.0, -1.0])

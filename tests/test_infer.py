@@ -183,18 +183,26 @@ def test_any_size_is_answered():
 
 def test_the_second_look_is_mirrored_and_shifts_its_windows():
     model = make_model(window=64)                            # of 4 patches
-    image = torch.rand(3, 64, 112)                           # 4 rows, 7 columns of patches
+    image = torch.rand(3, 80, 112)                           # 5 rows, 7 columns of patches
+
+    def look(image, rows, columns):
+        """The logits of windows whose sides, in pixels, are given, put together."""
+        strips = [[model(window[None]).logits[0] for window in strip.split(columns, dim=2)]
+                  for strip in image.split(rows, dim=1)]
+        return torch.cat([torch.cat(strip, dim=1) for strip in strips])        # (5, 7)
+
     with torch.inference_mode():
-        first = [model(window).logits[0] for window in image[None].split([48, 64], dim=3)]
-        mirrored = image[None].flip(3)
-        second = [model(window).logits[0] for window in mirrored.split([16, 64, 32], dim=3)]
-    looks = torch.cat(first, dim=1), torch.cat(second, dim=1).flip(1)          # (4, 7) each
-    assert torch.allclose(infer.patch_logits(model, image), sum(looks) / 2, atol=1e-5)
+        first = look(image, [32, 48], [48, 64])
+        second = look(image.flip(2), [16, 32, 32], [16, 64, 32]).flip(1)
+        whole = look(image, [80], [112]) + look(image.flip(2), [80], [112]).flip(1)
+    assert torch.allclose(infer.patch_logits(model, image), (first + second) / 2, atol=1e-5)
+    model.config["window"] = 0                               # no limit
+    assert torch.allclose(infer.patch_logits(model, image), whole / 2, atol=1e-5)
 
 
 def test_tiles_are_few_and_nearly_equal_and_leave_no_gap():
     for length in range(1, 200):
-        for size in (1, 3, 8, 32):
+        for size in (1, 2, 3, 8, 32):
             starts, ends = zip(*infer.tiles(length, size, shifted=False))
             sides = np.subtract(ends, starts)
             assert (0, *ends) == (*starts, length)
@@ -205,14 +213,15 @@ def test_tiles_are_few_and_nearly_equal_and_leave_no_gap():
 def test_shifted_tiles_meet_inside_the_others():
     assert infer.tiles(64, 32, shifted=True) == [(0, 16), (16, 48), (48, 64)]
     for length in range(1, 200):
-        for size in (3, 8, 32):
+        for size in (1, 2, 6, 8, 32):                        # a window of one patch cannot shift
             plain = infer.tiles(length, size, shifted=False)
             starts, ends = zip(*infer.tiles(length, size, shifted=True))
             assert (0, *ends) == (*starts, length)
-            assert len(starts) == (1 if len(plain) == 1 else len(plain) + 1)
             assert max(np.subtract(ends, starts)) <= size
             assert min(np.subtract(ends, starts)) >= 1
-            assert set(starts) & {start for start, _ in plain} == {0}
+            if size >= 6:
+                assert len(starts) == (1 if len(plain) == 1 else len(plain) + 1)
+                assert set(starts) & {start for start, _ in plain} == {0}
 
 
 def test_the_overlay_accuses_only_a_picture_called_manipulated():
