@@ -47,7 +47,7 @@ def of_all_processes(x):
 
 
 class DualQueue(nn.Module):
-    """The latest suspicious patches of each class, unit features; first in, first out [digest]."""
+    """A queue for each class [digest]: its latest suspicious patches, as unit features [ours]."""
 
     def __init__(self, length, dim):
         super().__init__()
